@@ -1,0 +1,37 @@
+"""Errors for the person who has to act.
+
+An exception says what was being done, to which study, and what the person can do about it; it knows whether trying
+again makes sense. Text never holds a patient's name, ID, birth date or accession number: a study is named by its UID.
+"""
+
+
+class RemnantError(Exception):
+    """Something a person has to know.
+
+    Parameters
+    ----------
+    message: what was being done and what went wrong, one sentence.
+    hint: what the person can do now.
+    study: StudyInstanceUID (or SOPInstanceUID) concerned, "" if none.
+    retry: True where the same attempt may succeed later without anybody's help.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", study: str = "", retry: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.study = study
+        self.retry = retry
+
+    def __str__(self) -> str:
+        study = f" (study {self.study})" if self.study else ""
+        hint = f" {self.hint}" if self.hint else ""
+        return f"{self.message}{study}{hint}"
+
+
+class SettingsError(RemnantError):
+    """The settings are wrong: a key, a unit, or a file. Always names the key."""
+
+
+class StorageError(RemnantError):
+    """The spool cannot take or give bytes: no room, no permission, a digest that does not match."""

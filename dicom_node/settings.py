@@ -1,0 +1,415 @@
+"""One frozen settings object from `node.toml` and the environment.
+
+An unknown key, a wrong unit or an unreadable file stops the start with one sentence that names the key
+(`SettingsError`). Environment variables override the file: `REMNANT_NODE__PORT=11113`. Every field says its meaning,
+its unit and why its default is what it is; `deploy/node.toml` is the same list for an admin, and a test keeps the two
+together.
+"""
+
+import os
+import tomllib
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from dicom_node.errors import SettingsError
+from pipeline.finding import ViewName
+
+
+def _ae_title(value: str) -> str:
+    """PS3.5 6.2, VR AE: 1 to 16 characters of the default repertoire, no backslash or control characters."""
+    value = value.strip()
+    if not 1 <= len(value) <= 16 or not value.isascii() or not value.isprintable() or "\\" in value:
+        raise ValueError("an AE title has 1 to 16 printable ASCII characters and no backslash")
+    return value
+
+
+def _address(value: str) -> str:
+    try:
+        ip_network(value, strict=False)
+    except ValueError as error:
+        raise ValueError("give an IP address or a network such as 10.0.0.0/24") from error
+    return value
+
+
+def _size(value: object) -> object:
+    """Bytes need a unit: "2" could be meant as gigabytes, and a wrong reserve loses scans."""
+    if isinstance(value, str) and value.strip().isdigit():
+        raise ValueError('give a size with its unit, such as "2 GiB"')
+    if isinstance(value, int | float) and not isinstance(value, bool) and value != 0:
+        raise ValueError('give a size with its unit, such as "2 GiB"')
+    return value
+
+
+def _not_built(*allowed: object) -> AfterValidator:
+    """Accept what works today and refuse the rest of the contract: a promise that nobody keeps is worse than none."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            shown = " or ".join(str(v).lower() if isinstance(v, bool) else f'"{v}"' for v in allowed)
+            raise ValueError(f"not built yet; use {shown}")
+        return value
+
+    return AfterValidator(check)
+
+
+AETitle = Annotated[str, AfterValidator(_ae_title)]
+Address = Annotated[str, AfterValidator(_address)]
+Size = Annotated[ByteSize, BeforeValidator(_size)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+# Port 0 lets the system choose: tests and the demo need it, an installation does not.
+ListenPort = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Node(_Section):
+    """Who and where this node is."""
+
+    ae_title: AETitle = "REMNANT"
+    """The AE title peers call us by; also our calling AE title. An association that calls another name is refused."""
+    host: str = "0.0.0.0"  # noqa: S104 - the contract's default; without a source we bind to loopback only
+    """Address to listen on. Without any [[sources]] the node listens on loopback only, whatever stands here."""
+    port: ListenPort = 11112
+    """TCP port of the receiver; 11112 is the port registered for DICOM that needs no root."""
+    timezone: str = ""
+    """IANA zone of ContentDate and ContentTime in results; empty: the system's."""
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        if value:
+            try:
+                ZoneInfo(value)
+            except (ZoneInfoNotFoundError, ValueError) as error:
+                raise ValueError(f"unknown time zone {value!r}; use a name such as Europe/Berlin") from error
+        return value
+
+
+class Receiver(_Section):
+    """How the receiver treats those who connect."""
+
+    extra_classes: tuple[str, ...] = ()
+    """More SOP classes to accept and keep (keyword or UID), for cameras that route what is not on our list."""
+    extra_syntaxes: tuple[str, ...] = ()
+    """More transfer syntaxes to accept (keyword or UID), such as RLELossless; kept as sent, decoded by the worker."""
+    idle_timeout_s: PositiveFloat = 30
+    """Seconds without a message before an association is aborted; a camera between two views needs a few."""
+    max_associations: PositiveInt = 200
+    """Associations at the same time; further ones are rejected as transient, so that the peer tries again."""
+
+
+class Storage(_Section):
+    """Where the bytes are."""
+
+    directory: Path = Path("var")
+    """Folder of spool, quarantine and results; relative to the working directory."""
+    min_free: Size = ByteSize(2 * 1024**3)
+    """Free space kept in reserve; below it the receiver answers A700 before anything is written. 2 GiB: 8,000 scans."""
+    retention_days: PositiveInt = 30
+    """Days that the bytes of delivered scans and notes stay after the row came to rest."""
+    forget_days: PositiveInt = 365
+    """Days after which patient and study identity leave the worklist."""
+
+
+class Database(_Section):
+    """Where the facts are."""
+
+    url: str = ""
+    """SQLAlchemy URL; empty: SQLite, worklist.db in [storage] directory. Or postgresql+psycopg://..."""
+    busy_timeout_s: PositiveFloat = 5
+    """Seconds to wait for another writer's lock before A700; an admin's tool seldom holds one longer."""
+
+    @field_validator("url")
+    @classmethod
+    def _known_database(cls, value: str) -> str:
+        if value and not value.startswith(("sqlite:///", "postgresql+psycopg://")):
+            raise ValueError("use sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME")
+        return value
+
+
+class Source(_Section):
+    """A camera or router that may send to us."""
+
+    ae_title: AETitle
+    """Its calling AE title."""
+    hosts: tuple[Address, ...] = ()
+    """Addresses or networks it may call from; empty: any."""
+    port: Port = 104
+    """Its own port, used only to report commitments."""
+    commitment: Annotated[Literal["off", "proxy"], _not_built("off")] = "off"
+    """"proxy": answer its Storage Commitment requests once an archive has committed the objects. Not built yet."""
+
+
+class Destination(_Section):
+    """An archive that gets our results."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,32}$")]
+    """Short name, as it stands in the worklist's `delivered_to`."""
+    ae_title: AETitle
+    """Its AE title."""
+    host: Annotated[str, Field(min_length=1)]
+    """Its host name or address."""
+    port: Port = 104
+    """Its port."""
+    results: Annotated[
+        tuple[Annotated[Literal["sr", "sc", "seg"], _not_built("sr", "sc")], ...], Field(min_length=1)
+    ] = (
+        "sr",
+        "sc",
+    )
+    """Which results it gets: Structured Report and Secondary Capture. Some viewers list only one of the two."""
+    sc: Literal["colour", "grey"] = "colour"
+    """Secondary Capture in true colour or in grey; some workstations show only one."""
+    storage_commitment: Annotated[bool, _not_built(False)] = False
+    """Ask for Storage Commitment. Not built yet: only false is accepted, so that nobody relies on it."""
+    query: Annotated[bool, _not_built(False)] = False
+    """Ask the archive for the study's identity before sending. Not built yet: only false is accepted."""
+    test: bool = False
+    """True for a test archive: only such a one may get the results of demonstration weights."""
+    tls: Annotated[bool, _not_built(False)] = False
+    """Use TLS. Not built yet: only false is accepted, so that nobody believes a plain line is safe."""
+
+
+class Delivery(_Section):
+    """When a delivery that failed is tried again."""
+
+    first_retry_s: PositiveFloat = 30
+    """Seconds until the first retry; then doubled."""
+    max_retry_s: PositiveFloat = 3600
+    """Longest pause between two tries, seconds."""
+    give_up_after_days: PositiveFloat = 7
+    """Days until a delivery is given up and the row asks for a person; longer than any weekend."""
+    timeout_s: PositiveFloat = 30
+    """Seconds to wait for a connection, an association or a response of the archive."""
+
+
+class Analysis(_Section):
+    """How scans are analysed."""
+
+    preprocessing: Literal["native", "paper"] = "native"
+    """"native": about 0.1 s a view; "paper": the paper's order, 16-22 CPU seconds a view. Must be the weights' own."""
+    require_views: Annotated[tuple[ViewName, ...], Field(min_length=1)] = ("anterior", "posterior")
+    """Views that a finding needs; a scan without them gets a "not analysed" note."""
+    pair_window_s: PositiveFloat = 3600
+    """Seconds between the acquisition times of two single-view objects that may be one acquisition."""
+    views_timeout_s: PositiveFloat = 3600
+    """Seconds to wait for a missing view: a second view may be acquired and sent after the first."""
+    timeout_s: PositiveFloat = 60
+    """Seconds one analysis may take before its process is ended; "paper" needs 60 on a slow machine."""
+    attempts: PositiveInt = 3
+    """Ends of the analysis process (crash, time-out, memory) before the scan is `failed`."""
+
+
+class ModelChoice(_Section):
+    """Which weights judge."""
+
+    weights: Annotated[str, Field(min_length=1)] = "remnant-resnet18-phantom"
+    """A name in models/cards or the path of a record. The shipped weights are trained on simulated scans only."""
+
+
+class TLS(_Section):
+    """Encryption. Not built yet: a certificate here is refused rather than ignored."""
+
+    port: Port = 2762
+    """Port of the encrypted receiver; 2762 is the registered one."""
+    certificate: Annotated[str, _not_built("")] = ""
+    """PEM file of our certificate."""
+    key: Annotated[str, _not_built("")] = ""
+    """PEM file of its key."""
+    authorities: Annotated[str, _not_built("")] = ""
+    """PEM file of the authorities whose certificates we accept."""
+
+
+class Audit(_Section):
+    """Audit messages. Not built yet; the section may stand empty."""
+
+
+class Web(_Section):
+    """The status page. Not built yet; the keys are kept for it."""
+
+    host: str = "127.0.0.1"
+    """Address of the status page; loopback, because it has no users of its own."""
+    port: ListenPort = 8080
+    """Port of the status page."""
+
+
+class LogSettings(_Section):
+    """How the node speaks to its admin."""
+
+    json_lines: Annotated[bool, Field(alias="json")] = False
+    """One JSON object a line instead of aligned text."""
+
+
+class Settings(BaseSettings):
+    """Everything a node needs to know. Frozen: a change needs a restart, so that no process sees half of it."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="REMNANT_", env_nested_delimiter="__", use_attribute_docstrings=True
+    )
+
+    node: Node = Node()
+    receiver: Receiver = Receiver()
+    storage: Storage = Storage()
+    database: Database = Database()
+    sources: tuple[Source, ...] = ()
+    destinations: tuple[Destination, ...] = ()
+    delivery: Delivery = Delivery()
+    analysis: Analysis = Analysis()
+    model: ModelChoice = ModelChoice()
+    codes: dict[str, tuple[str, str, str]] = {}
+    """A site's own codes for ours: RMN001 = ["1234", "99SITE", "Residual thyroid tissue"]."""
+    tls: TLS = TLS()
+    audit: Audit = Audit()
+    log: LogSettings = LogSettings()
+    web: Web = Web()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # The file comes in as init arguments; the environment stands above it.
+        return env_settings, init_settings
+
+    @field_validator("codes")
+    @classmethod
+    def _known_codes(cls, value: dict[str, tuple[str, str, str]]) -> dict[str, tuple[str, str, str]]:
+        for ours in value:
+            if ours not in OUR_CODES:
+                raise ValueError(f"{ours} is not a code of ours; ours are {', '.join(OUR_CODES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Settings":
+        names = [destination.name for destination in self.destinations]
+        if len(set(names)) < len(names):
+            raise ValueError("destinations: two of them have the same name")
+        return self
+
+    @property
+    def database_url(self) -> str:
+        """The worklist's URL; by default SQLite in the storage folder."""
+        return self.database.url or f"sqlite:///{self.storage.directory / 'worklist.db'}"
+
+    @property
+    def listen_host(self) -> str:
+        """The address to bind: loopback unless a source is configured, because without one anybody may send."""
+        return self.node.host if self.sources or _is_loopback(self.node.host) else "127.0.0.1"
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The zone of ContentDate and ContentTime."""
+        return ZoneInfo(self.node.timezone or _system_zone())
+
+
+OUR_CODES = ("RMN001", "RMN002", "RMN003", "RMN004")
+
+
+def load(path: Path | None = None) -> Settings:
+    """Read the settings from `path` (else ./node.toml if it is there, else defaults) and the environment.
+
+    Raises
+    ------
+    SettingsError: one sentence that names the key or the file.
+    """
+    if path is None and Path("node.toml").is_file():
+        path = Path("node.toml")
+    where = str(path) if path else "the environment"
+    values = _read(path) if path else {}
+    try:
+        _refuse_unknown_environment()
+        return Settings(**values)
+    except ValidationError as error:
+        raise SettingsError(f"In {where}: {_sentence(error)}") from error
+    except ValueError as error:  # pydantic-settings: a section in the environment that is not JSON
+        raise SettingsError(f"In the environment: {error}.") from error
+
+
+def keys(model: type[BaseModel] = Settings, prefix: str = "") -> list[tuple[str, str, object]]:
+    """List every key as (dotted name, description, default): for the docs and the test that holds them together."""
+    listed: list[tuple[str, str, object]] = []
+    for field_name, field in model.model_fields.items():
+        name = f"{prefix}{field.alias or field_name}"
+        section = _section_of(field.annotation)
+        if section is not None:
+            listed += keys(section, f"{name}.")
+        else:
+            listed.append((name, field.description or "", field.get_default()))
+    return listed
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"The settings file {path} cannot be read: {error.strerror or error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file {path} is not valid TOML: {error}.") from error
+
+
+def _refuse_unknown_environment() -> None:
+    """pydantic-settings ignores a misspelt variable of ours; a port that is silently not changed costs a scan."""
+    known = {f"REMNANT_{name}".upper() for name in Settings.model_fields}
+    for variable in os.environ:
+        if variable.upper().startswith("REMNANT_") and variable.upper().split("__", 1)[0] not in known:
+            raise SettingsError(f"In the environment: {variable} is not a setting.")
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"]) or "settings"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{key} is not a setting; see deploy/node.toml for all of them."
+    return f"{key}: {message}."
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _system_zone() -> str:
+    """The system's IANA zone: TZ, else the target of /etc/localtime, which is a link into the zone database; else UTC."""
+    parts = Path("/etc/localtime").resolve().parts
+    linked = "/".join(parts[parts.index("zoneinfo") + 1 :]) if "zoneinfo" in parts else ""
+    for name in (os.environ.get("TZ", "").lstrip(":"), linked):
+        try:
+            return ZoneInfo(name).key
+        except (ZoneInfoNotFoundError, ValueError):
+            continue  # TZ may be a POSIX rule such as CET-1CEST, which names no zone
+    return "UTC"

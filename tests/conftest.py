@@ -1,0 +1,27 @@
+"""Settings of the whole suite, and the one fixture for programs that are not ours."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pydicom.config
+import pytest
+
+pydicom.config.INVALID_KEYWORD_BEHAVIOR = "RAISE"
+
+
+@pytest.fixture(scope="session")
+def peer() -> Callable[[str], Path]:
+    """Find a real program by name or path; missing is a failure in CI and a skip, with its name, elsewhere."""
+
+    def find(program: str) -> Path:
+        found = shutil.which(program)
+        if found is None:
+            message = f"{program} is not installed (apt: dcmtk, orthanc, postgresql, sqlite3)"
+            if os.environ.get("CI"):
+                pytest.fail(message)
+            pytest.skip(message)
+        return Path(found)
+
+    return find
