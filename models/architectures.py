@@ -1,0 +1,73 @@
+"""The three networks of the paper (sections 2.3 and 3.2), each with a head of two classes.
+
+The layers are torchvision's; nothing is ever downloaded. Class 0 is "no residual tissue", class 1 "residual tissue".
+"""
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from models.torchvision_cpu import torchvision_models
+
+CLASSES = ("absent", "present")
+
+
+class UnknownArchitecture(ValueError):  # noqa: N818  a condition with a name people say, not "...Error"
+    """The name is not one of `ARCHITECTURES`."""
+
+
+def _resnet18() -> nn.Module:
+    network: nn.Module = torchvision_models().resnet18(weights=None, num_classes=len(CLASSES))
+    return network
+
+
+def _squeezenet1_1() -> nn.Module:
+    network: nn.Module = torchvision_models().squeezenet1_1(weights=None, num_classes=len(CLASSES))
+    return network
+
+
+def _shufflenet_v2_x1_0() -> nn.Module:
+    network: nn.Module = torchvision_models().shufflenet_v2_x1_0(weights=None, num_classes=len(CLASSES))
+    return network
+
+
+ARCHITECTURES: MappingProxyType[str, Callable[[], nn.Module]] = MappingProxyType(
+    {"resnet18": _resnet18, "squeezenet1_1": _squeezenet1_1, "shufflenet_v2_x1_0": _shufflenet_v2_x1_0}
+)
+
+
+def build(architecture: str) -> nn.Module:
+    """The network with random weights, taking (N, 3, H, W) float and giving logits (N, 2).
+
+    Raises `UnknownArchitecture` for a name that is not in `ARCHITECTURES`.
+    """
+    try:
+        make = ARCHITECTURES[architecture]
+    except KeyError:
+        raise UnknownArchitecture(
+            f"there is no architecture named {architecture!r}; known: {', '.join(ARCHITECTURES)}"
+        ) from None
+    return make()
+
+
+def class_activation(architecture: str, network: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
+    """Where class "present" gathers its evidence: (N, h, w), in logits, not scaled; None where there is no such map.
+
+    ResNet-18 averages its last features over the plane and applies one linear layer, so the map of the evidence is that
+    linear layer applied at each place, exactly, without a gradient (Zhou et al., CVPR 2016). SqueezeNet ends in a 1 x 1
+    convolution for each class, which is the map itself. ShuffleNetV2 is left out: nobody asked for it yet.
+    """
+    if architecture == "resnet18":
+        features = images
+        for name, layer in network.named_children():
+            if name in ("avgpool", "fc"):
+                break
+            features = layer(features)
+        weight = network.get_parameter("fc.weight")
+        return torch.einsum("nchw,c->nhw", features, weight[1] - weight[0])
+    if architecture == "squeezenet1_1":
+        maps: torch.Tensor = network.get_submodule("classifier")[1](network.get_submodule("features")(images))  # type: ignore[index]  # Sequential, but get_submodule says Module
+        return maps[:, 1] - maps[:, 0]
+    return None
