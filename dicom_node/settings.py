@@ -404,7 +404,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _system_zone() -> str:
-    """The system's IANA zone: TZ, else the target of /etc/localtime, which is a link into the zone database; else UTC."""
+    """The system's IANA zone: TZ, else what /etc/localtime is a link to, else UTC."""
     parts = Path("/etc/localtime").resolve().parts
     linked = "/".join(parts[parts.index("zoneinfo") + 1 :]) if "zoneinfo" in parts else ""
     for name in (os.environ.get("TZ", "").lstrip(":"), linked):
