@@ -26,6 +26,7 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
+from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.presentation import PresentationContext, build_context
 
 from dicom_node import contexts
@@ -287,6 +288,7 @@ class _Line:
         self._timeouts = timeouts
         self._connection: socket.socket | None = None
         self._replies: list[_Reply] = []
+        self._rejection: A_ASSOCIATE_RJ | None = None
         self._sent = 0
         self._assoc: Association | None = None
         ae = AE(ae_title=calling_ae_title)
@@ -305,7 +307,11 @@ class _Line:
                     ae_title=peer.ae_title,
                     max_pdu=_MAX_PDU_BYTES,
                     tls_args=(tls, peer.host) if tls else None,
-                    evt_handlers=[(evt.EVT_CONN_OPEN, self._opened), (evt.EVT_DIMSE_RECV, self._received)],
+                    evt_handlers=[
+                        (evt.EVT_CONN_OPEN, self._opened),
+                        (evt.EVT_PDU_RECV, self._pdu_received),
+                        (evt.EVT_DIMSE_RECV, self._received),
+                    ],
                 )
             except OSError as error:  # the name cannot be resolved
                 self.fault = Outcome("later", None, f"no connection to {_where(peer)}: {error.strerror or error}")
@@ -390,10 +396,9 @@ class _Line:
                 assoc.abort()
                 return Outcome("later", None, f"the archive takes no more than {limit} bytes at once", alarm=True)
             return None
-        if assoc.is_rejected:
-            answer = assoc.acceptor.primitive
-            reason = f"{answer.source_str}, {answer.reason_str}" if answer is not None else "no reason given"
-            if answer is not None and answer.result == 0x01:
+        if self._rejection is not None:
+            reason = f"{self._rejection.source_str}, {self._rejection.reason_str}"
+            if self._rejection.result == 0x01:
                 text = f"association rejected for good, calling {peer.ae_title} as {calling_ae_title}: {reason}"
                 return Outcome("later", None, text, alarm=True)
             return Outcome("later", None, f"association rejected for now: {reason}")
@@ -414,6 +419,12 @@ class _Line:
         connection = self._connection = transport.socket
         # Without it the last, short fragment of an object waits for the peer's delayed acknowledgement, about 40 ms.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _pdu_received(self, event: evt.Event) -> None:
+        # pynetdicom loses a rejection, and calls it a failed connection, where the peer closes at once behind it (1 in
+        # 5 with DCMTK); that the archive does not know us must reach a person every time.
+        if isinstance(event.pdu, A_ASSOCIATE_RJ):
+            self._rejection = event.pdu
 
     def _received(self, event: evt.Event) -> None:
         command = event.message.command_set
