@@ -1,9 +1,9 @@
 """A simulated iodine-131 camera: neck phantoms with known truth, as pairs of anterior and posterior counts.
 
 Planes, not Monte Carlo: every source is a Gaussian at a depth, attenuated in water, blurred by the collimator at its
-distance, with a septal tail and six-armed star; no motion, no dead time, no scatter
-but the tail. What is learned on it shows that a method works, never how well it works on people. Equal arguments give
-equal pixels. A background is uniform but for smooth waves: no bones, no vessels.
+distance, with a septal tail and a six-armed star; no motion, no dead time, no scatter but the tail; a background
+without bones and vessels. What is learned on it shows that a method works, never how well it works on people. Equal
+arguments give equal pixels.
 
 Sources of the figures: activity, delay, uptake, number and site of foci, attenuation, resolution, sensitivity and
 retention are literature values for high-energy general-purpose collimators and post-thyroidectomy scans; those of
@@ -455,7 +455,7 @@ def _natural_stratum(residual: bool, uptake_percent: float, foci: tuple[Focus, .
 
 def _axis_mm(pixel_mm: float) -> NDArray[np.float64]:
     """Pixel centres of the rendered grid, mm from the field's centre."""
-    return (np.arange(_GRID) - (_GRID - 1) / 2) * pixel_mm
+    return np.asarray((np.arange(_GRID) - (_GRID - 1) / 2) * pixel_mm, dtype=np.float64)
 
 
 def _field(pixel_mm: float) -> NDArray[np.float64]:
