@@ -119,6 +119,17 @@ STATUS_TABLE: tuple[StatusRow, ...] = (
     StatusRow(0xA900, 0xA9FF, "refused", "data set does not match its SOP class", alarm=True),
     StatusRow(0xC000, 0xCFFF, "refused", "the archive cannot understand the object", alarm=True),
 )
+# PS3.8 table 9-21, by (source, reason) of an A-ASSOCIATE-RJ.
+REJECTION_REASONS: dict[tuple[int, int], str] = {
+    (1, 1): "no reason given",
+    (1, 2): "application context not supported",
+    (1, 3): "it does not know our AE title",
+    (1, 7): "it does not go by the AE title we called",
+    (2, 1): "no reason given",
+    (2, 2): "protocol version not supported",
+    (3, 1): "temporary congestion",
+    (3, 2): "too many associations",
+}
 _ANY_OTHER = "a status that the standard does not give for C-STORE"
 
 
@@ -397,7 +408,8 @@ class _Line:
                 return Outcome("later", None, f"the archive takes no more than {limit} bytes at once", alarm=True)
             return None
         if self._rejection is not None:
-            reason = f"{self._rejection.source_str}, {self._rejection.reason_str}"
+            given = (self._rejection.source or 0, self._rejection.reason_diagnostic or 0)
+            reason = REJECTION_REASONS.get(given, f"source {given[0]}, reason {given[1]}")
             if self._rejection.result == 0x01:
                 text = f"association rejected for good, calling {peer.ae_title} as {calling_ae_title}: {reason}"
                 return Outcome("later", None, text, alarm=True)
