@@ -9,6 +9,7 @@ shown as received. A scan that was not analysed gets a picture that cannot be ta
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -278,8 +279,5 @@ def _line(pen: ImageDraw.ImageDraw, y: int, text: str, size: int, shade: _Colour
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """Return the font that travels with Pillow: the same on every host."""
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        # Not a caller's wrong type but a wrong installation.
-        raise ImportError("Pillow was built without FreeType; install a Pillow wheel that has it")
-    return font
+    # With a size, Pillow answers with a FreeType font or raises ImportError itself.
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))

@@ -1,0 +1,76 @@
+"""What rendering needs beside the outcome and the sources, and what it gives: plain frozen data."""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, NamedTuple
+from zoneinfo import ZoneInfo
+
+from dicom_node.errors import RemnantError
+from pipeline.finding import ModelFacts
+
+
+class RenderError(RemnantError):
+    """An outcome cannot be turned into an object that may leave: nothing was rendered."""
+
+
+class Predecessor(NamedTuple):
+    """A result of an earlier revision (PredecessorDocumentsSequence, PS3.3 C.17.2)."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportContext:
+    """Everything about a result that neither the outcome nor the sources know.
+
+    Attributes
+    ----------
+    revision: of the acquisition, from 1.
+    source_digests: SOPInstanceUID -> SHA-256 (hex) of the source's bytes as received.
+    analysed_at: aware; becomes ContentDate and ContentTime.
+    timezone: in which these are written, unless the source brings an offset of its own.
+    settings_fingerprint: digest of the settings that shape a result.
+    uid_namespace: `uids.NODE_NAMESPACE` or `uids.OFFLINE_NAMESPACE`.
+    ae_title: the node's name on the network, StationName of its results.
+    software_version: the distribution's.
+    sc: "colour" (RGB) or "grey" (MONOCHROME2) Secondary Captures.
+    codes: a site's own codes for ours: "RMN001" -> (value, scheme, meaning).
+    predecessors: results of earlier revisions; only documents (SR) may stand there.
+    model: which weights the node runs, for the note of a Declined; a Finding names its own.
+    device_serial_number: of the node; by default its AE title.
+    """
+
+    revision: int
+    source_digests: Mapping[str, str]
+    analysed_at: datetime
+    timezone: ZoneInfo
+    settings_fingerprint: str
+    uid_namespace: uuid.UUID
+    ae_title: str
+    software_version: str
+    sc: Literal["colour", "grey"] = "colour"
+    codes: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    predecessors: tuple[Predecessor, ...] = ()
+    model: ModelFacts | None = None
+    device_serial_number: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedResult:
+    """One object, ready to be stored and sent.
+
+    `data` is a complete Part 10 file, Explicit VR Little Endian. `variant` tells objects of one kind apart: "tid1500",
+    "colour" or "grey", with "-note" behind it for a scan that was not analysed.
+    """
+
+    kind: Literal["sr", "sc"]
+    variant: str
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    data: bytes

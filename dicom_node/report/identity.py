@@ -1,0 +1,232 @@
+"""Whose result it is: patient, study, order and character set, taken from the sources as they were received.
+
+Implements the Patient, General Study and Patient Study modules (PS3.3 C.7.1.1, C.7.2.1, C.7.2.2). What identifies
+(name, ID, issuer, accession, study UID) is copied as it stands, valid or not, because a corrected identity is another
+identity; what merely describes is copied only where valid. Private elements are never copied. Messages name no patient.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import date, datetime, timedelta, timezone
+from io import BytesIO
+
+import pydicom
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.valuerep import validate_value
+
+from dicom_node.report.context import RenderError, ReportContext
+
+# Copied as they are.
+IDENTIFYING = ("PatientName", "PatientID", "IssuerOfPatientID", "AccessionNumber", "StudyInstanceUID")
+
+# Type 2 in every object we write: present, empty where the source has nothing usable.
+_TYPE_2 = (
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+    "StudyID",
+)
+
+_DESCRIBING = (
+    "TypeOfPatientID",
+    "PatientBirthTime",
+    "OtherPatientNames",
+    "EthnicGroup",
+    "PatientComments",
+    "QualityControlSubject",
+    "PatientIdentityRemoved",
+    "StudyDescription",
+    "ConsultingPhysicianName",
+    "PhysiciansOfRecord",
+    "NameOfPhysiciansReadingStudy",
+    "AdmittingDiagnosesDescription",
+    "PatientAge",
+    "PatientSize",
+    "PatientWeight",
+    "AdmissionID",
+    "Occupation",
+    "AdditionalPatientHistory",
+    "MedicalAlerts",
+    "Allergies",
+)
+
+# Say who issued an ID: part of the identity, sequences of plain elements.
+_ISSUERS = ("IssuerOfPatientIDQualifiersSequence", "IssuerOfAccessionNumberSequence")
+
+_OFFSET = re.compile(r"([+-])(\d\d)([0-5]\d)")
+
+
+def text_of(ds: Dataset, keyword: str) -> str:
+    """Return an element's value as decoded text without padding, "" where it is absent or empty."""
+    value = ds.get(keyword)
+    if isinstance(value, MultiValue):
+        value = "\\".join(str(one) for one in value)
+    return "" if value is None else str(value).strip(" \0")
+
+
+def in_one_order(sources: Sequence[Dataset]) -> tuple[Dataset, ...]:
+    """Return the sources by SOPInstanceUID, because the same set has to give the same result in whatever order it came.
+
+    Raises
+    ------
+    RenderError: there are none, or they disagree on patient, study or order.
+    """
+    if not sources:
+        raise RenderError("a result was asked for without any source object")
+    for keyword in (*IDENTIFYING, "PatientBirthDate"):
+        if len({text_of(ds, keyword) for ds in sources}) > 1:
+            raise RenderError(
+                f"the views of one acquisition disagree on {keyword}; no result was made.",
+                hint="Correct the study on the camera or in the archive and send it again.",
+                study=text_of(sources[0], "StudyInstanceUID"),
+            )
+    if not text_of(sources[0], "StudyInstanceUID"):
+        raise RenderError("the source has no StudyInstanceUID; a result cannot be filed.")
+    return tuple(sorted(sources, key=lambda ds: text_of(ds, "SOPInstanceUID")))
+
+
+def usable(keyword: str, value: object) -> bool:
+    """Say whether a value may be copied: valid for its VR (PS3.5 6.2), dates existing, codes among the defined ones."""
+    vr = dictionary_VR(keyword)
+    text = str(value).strip(" \0")
+    if vr == "DA":
+        return _is_date(text)
+    if keyword == "PatientSex":
+        return text in ("M", "F", "O")
+    try:
+        for one in value if isinstance(value, (list, MultiValue)) else [value]:
+            validate_value(vr, str(one), pydicom.config.RAISE)
+    except ValueError:
+        return False
+    return True
+
+
+def copy_identity(source: Dataset, target: Dataset) -> tuple[str, ...]:
+    """Give `target` the patient, study and order of `source`; return sentences on what had to be left out.
+
+    SpecificCharacterSet comes along, so that names are encoded as the source's archive knows them.
+    """
+    notes: list[str] = []
+    if text_of(source, "SpecificCharacterSet"):
+        target.SpecificCharacterSet = source.SpecificCharacterSet
+    for keyword in IDENTIFYING:
+        if text_of(source, keyword) or keyword != "IssuerOfPatientID":
+            _set(target, keyword, text_of(source, keyword))
+    for keyword in _TYPE_2:
+        value = source.get(keyword)
+        empty = not text_of(source, keyword)
+        good = not empty and usable(keyword, value)
+        _set(target, keyword, _plain(value) if good else "")
+        if not empty and not good:
+            notes.append(f"{keyword} of the source is not valid and was left empty.")
+    for keyword in _DESCRIBING:
+        value = source.get(keyword)
+        if text_of(source, keyword) and usable(keyword, value):
+            _set(target, keyword, _plain(value))
+    for keyword in _ISSUERS:
+        items = source.get(keyword)
+        if items and all(_is_plain(item) for item in items):
+            copied = []
+            for item in items:
+                fresh = Dataset()
+                for element in item:
+                    _set(fresh, element.keyword, _plain(element.value))
+                copied.append(fresh)
+            setattr(target, keyword, copied)
+    return tuple(notes)
+
+
+def set_times(source: Dataset, target: Dataset, context: ReportContext) -> None:
+    """Write when the result was made.
+
+    In the node's time zone; but where the source brings TimezoneOffsetFromUTC, which then holds for all times of an
+    object (PS3.3 C.12.1), it is kept and the times are converted to it, so that the object agrees with itself.
+    """
+    offset = _offset(text_of(source, "TimezoneOffsetFromUTC"))
+    if offset is not None:
+        target.TimezoneOffsetFromUTC = text_of(source, "TimezoneOffsetFromUTC")
+    made_at = local_time(source, context)
+    for group in ("Content", "InstanceCreation", "Series"):
+        setattr(target, f"{group}Date", made_at.strftime("%Y%m%d"))
+        setattr(target, f"{group}Time", made_at.strftime("%H%M%S.%f"))
+
+
+def local_time(source: Dataset, context: ReportContext) -> datetime:
+    """Return `context.analysed_at` in the offset of the source, else in the node's time zone."""
+    offset = _offset(text_of(source, "TimezoneOffsetFromUTC"))
+    return context.analysed_at.astimezone(context.timezone if offset is None else timezone(offset))
+
+
+def encoded(ds: Dataset, source: Dataset) -> bytes:
+    """Return `ds` as a complete file, after proving that the identity reads back as the source's.
+
+    Raises
+    ------
+    RenderError: the source's character set cannot carry a value, so that a name would arrive changed.
+    """
+    buffer = BytesIO()
+    try:
+        pydicom.dcmwrite(buffer, ds, enforce_file_format=True)
+    except (ValueError, LookupError) as error:
+        # The exception quotes the value; only its kind may go further.
+        raise RenderError(
+            f"the result cannot be encoded in the source's character set ({type(error).__name__}); nothing was sent.",
+            hint="Check SpecificCharacterSet on the camera.",
+            study=text_of(source, "StudyInstanceUID"),
+        ) from None
+    data = buffer.getvalue()
+    again = pydicom.dcmread(BytesIO(data))
+    for keyword in (*IDENTIFYING, *_TYPE_2, *_DESCRIBING):
+        wanted = source if keyword in IDENTIFYING else ds
+        if text_of(again, keyword) != text_of(wanted, keyword):
+            raise RenderError(
+                f"{keyword} does not survive the source's character set; nothing was sent.",
+                hint="Check SpecificCharacterSet on the camera.",
+                study=text_of(source, "StudyInstanceUID"),
+            )
+    return data
+
+
+def _plain(value: object) -> object:
+    """Return a value as text or list of texts, free of the encoding it came in."""
+    return [str(one) for one in value] if isinstance(value, MultiValue) else str(value)
+
+
+def _set(target: Dataset, keyword: str, value: object) -> None:
+    # Identity is copied as it stands: pydicom's check of the VR would refuse, or quote the value in a warning.
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    if tag is None:
+        raise KeyError(keyword)
+    target[tag] = DataElement(tag, dictionary_VR(tag), value, validation_mode=pydicom.config.IGNORE)
+
+
+def _is_plain(item: Dataset) -> bool:
+    return all(
+        not element.tag.is_private and element.VR != "SQ" and element.keyword and usable(element.keyword, element.value)
+        for element in item
+    )
+
+
+def _is_date(text: str) -> bool:
+    if re.fullmatch(r"[0-9]{8}", text) is None:
+        return False
+    try:
+        date(int(text[:4]), int(text[4:6]), int(text[6:]))
+    except ValueError:
+        return False
+    return True
+
+
+def _offset(text: str) -> timedelta | None:
+    """Return "+0100" as a time difference, None for anything that is not an offset (PS3.3 C.12.1.1.8)."""
+    match = _OFFSET.fullmatch(text)
+    if match is None:
+        return None
+    sign, hours, minutes = match.groups()
+    span = timedelta(hours=int(hours), minutes=int(minutes)) * (-1 if sign == "-" else 1)
+    return span if timedelta(hours=-12) <= span <= timedelta(hours=14) and text != "-0000" else None
