@@ -1,0 +1,44 @@
+# One obvious command each. `make demo` and `make test` do their own set-up on a fresh Debian machine.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests share two cores with the servers they start, so no more workers than cores.
+WORKERS ?= 2
+
+.PHONY: demo test lint format peers clean help
+
+help:            ## Show this list
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/'
+
+demo: $(VENV)/.node   ## Set up, then run node, archive and a simulated camera on this machine
+	$(BIN)/remnant demo $(DEMO)
+
+test: $(VENV)/.dev peers lint   ## Set up, then lint and run every test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+
+lint: $(VENV)/.dev   ## ruff, mypy (strict), import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.dev   ## Let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+peers:           ## Install the programs the tests talk to (DCMTK, Orthanc, PostgreSQL, sqlite3); needs root
+	@tests/install-peers
+
+# torch has to come by plain pip and its exact pin (see CONTRIBUTING.md).
+$(VENV)/.node: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.node
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:           ## Remove the environment and what tools left
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

@@ -1,0 +1,474 @@
+"""The commands: what a person or a script says to the node.
+
+Exit codes: 0 done; 1 it ran and the answer is no (declined, unhealthy); 2 wrong use; 3 the environment failed. With
+`--json`, standard output holds JSON Lines and nothing else. Modules are imported inside the commands, because
+`receive` must start within a second and torch alone takes longer.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dicom_node import log
+from dicom_node.errors import RemnantError, SettingsError
+from dicom_node.settings import Settings, load
+
+DONE, ANSWER_IS_NO, WRONG_USE, ENVIRONMENT = 0, 1, 2, 3
+
+app = typer.Typer(
+    name="remnant",
+    help="A DICOM node that reads iodine-131 neck scans. Not for diagnosis without review.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+worklist_app = typer.Typer(help="The worklist: one row for each scan, what became of it and why.", no_args_is_help=True)
+db_app = typer.Typer(help="The worklist's database.", no_args_is_help=True)
+app.add_typer(worklist_app, name="worklist")
+app.add_typer(db_app, name="db")
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings file; default ./node.toml, else built-in defaults.", metavar="FILE"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines for a machine to read.")]
+RowId = Annotated[int, typer.Argument(help="The row's id, as `remnant worklist list` shows it.", metavar="ID")]
+Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
+
+
+def main() -> None:
+    """Run a command; turn our errors into one sentence and an exit code."""
+    try:
+        app()
+    except RemnantError as error:
+        Console(stderr=True, soft_wrap=True).print(f"remnant: {error}", markup=False, highlight=False)
+        sys.exit(WRONG_USE if isinstance(error, SettingsError) else ENVIRONMENT)
+
+
+@app.command()
+def demo(
+    scans: Annotated[int, typer.Option(help="131I scans to send beside the special cases.", min=0)] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the simulated patients.", min=0)] = 1,
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Folder for the demo; an earlier demo there is replaced.")
+    ] = Path("demo"),
+    keep: Annotated[bool, typer.Option("--keep", help="Leave node and archive running until Ctrl-C.")] = False,
+) -> None:
+    """See the whole thing: node, archive and a simulated camera on this machine; scans go in, findings come back."""
+    from dicom_node.demo import run
+
+    raise typer.Exit(DONE if run(directory, scans=scans, seed=seed, keep=keep, console=Console()) else ANSWER_IS_NO)
+
+
+@app.command()
+def serve(config: Config = None) -> None:
+    """Run the node: receiver, worker, sender and scheduler, each a process, until SIGTERM or Ctrl-C."""
+    from dicom_node.service import serve as run
+
+    run(_start(config, "serve"), config)
+
+
+@app.command()
+def receive(config: Config = None, supervised: Supervised = False) -> None:
+    """Run only the receiver (C-ECHO, C-STORE). For several machines on one database."""
+    from dicom_node.service import run_receiver
+
+    run_receiver(_start(config, "receive"), supervised=supervised)
+
+
+@app.command()
+def work(config: Config = None, supervised: Supervised = False) -> None:
+    """Run only a worker: analyse what is queued, and keep the worklist's clockwork going."""
+    from dicom_node.service import run_worker
+
+    run_worker(_start(config, "work"), supervised=supervised)
+
+
+@app.command()
+def send(config: Config = None, supervised: Supervised = False) -> None:
+    """Run only the sender: deliver results to the destinations."""
+    from dicom_node.service import run_sender
+
+    run_sender(_start(config, "send"), supervised=supervised)
+
+
+@app.command()
+def analyse(
+    paths: Annotated[list[Path], typer.Argument(help="DICOM files or folders, read recursively.", metavar="PATH...")],
+    out: Annotated[Path, typer.Option(help="Folder for the SR and SC objects.", metavar="DIR")] = Path(
+        "remnant-results"
+    ),
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Analyse DICOM files without a node: print each finding, write Structured Report and Secondary Capture.
+
+    Exit code 0: every 131I neck scan found has a finding. 1: a scan could not be judged, or there was none.
+    """
+    from pipeline.analyse import load_model
+
+    from dicom_node import offline
+    from models.weights import WeightsError
+
+    settings = load(config)
+    files = offline.find_files(paths)
+    started = time.monotonic()
+    try:
+        model = load_model(settings.model.weights)
+    except WeightsError as error:
+        raise SettingsError(f"model.weights: {error}") from error
+    load_ms = 1000 * (time.monotonic() - started)
+    console, errors = Console(), Console(stderr=True)
+    judged, unjudged = 0, 0
+    for verdict in _with_progress(offline.analyse_files(files, model, settings, out), errors):
+        if isinstance(verdict, tuple):
+            errors.print(f"{verdict[0]}: {verdict[1]}", markup=False, highlight=False)
+            continue
+        judged += verdict.answer.outcome == "analysed"
+        unjudged += verdict.ours and verdict.answer.outcome != "analysed"
+        if as_json:
+            _print_json(verdict.as_json())
+        else:
+            _print_verdict(console, verdict, model.record.release, load_ms)
+    if not judged and not unjudged:
+        errors.print("No iodine-131 neck scan was found in these files.", highlight=False)
+    raise typer.Exit(DONE if judged and not unjudged else ANSWER_IS_NO)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")],
+    count: Annotated[int, typer.Option(help="Number of examinations.", min=1)] = 10,
+    seed: Annotated[int, typer.Option(help="First seed; the same seed gives the same bytes.", min=0)] = 1,
+) -> None:
+    """Write simulated 131I neck scans as valid NM DICOM, in all five shapes, with truth.csv."""
+    from rich.progress import Progress
+
+    from pipeline.camera import CohortExistsError
+    from pipeline.camera import simulate as run
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("simulating", total=count)
+        try:
+            rows = run(out, count, seed, progress=lambda done, _total: bar.update(task, completed=done))
+        except CohortExistsError as error:
+            raise SettingsError(str(error)) from error
+        except OSError as error:
+            raise RemnantError(f"{out} cannot be written: {error.strerror or error}.") from error
+    typer.echo(f"{len(rows)} files of {count} simulated examinations and truth.csv in {out}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False, config: Config = None) -> None:
+    """Check settings, packages, disk, database, weights and release; C-ECHO each destination."""
+    from dicom_node.doctor import examine
+
+    console, well = Console(), True
+    for check in examine(load(config)):
+        well = well and check.ok
+        if as_json:
+            _print_json({"check": check.name, "ok": check.ok, "detail": check.detail})
+        else:
+            mark = "[green]ok  [/green]" if check.ok else "[red]FAIL[/red]"
+            console.print(f"{mark}  [bold]{check.name}[/bold]  ", end="")
+            console.print(check.detail, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(DONE if well else ANSWER_IS_NO)
+
+
+@app.command()
+def conformance(
+    out: Annotated[Path, typer.Option(help="File to write; - for standard output.", metavar="FILE")] = Path(
+        "deploy/CONFORMANCE.md"
+    ),
+    config: Config = None,
+) -> None:
+    """Write the DICOM conformance statement from the very tuples this node negotiates."""
+    from dicom_node.conformance import statement
+
+    text = statement(load(config))
+    if str(out) == "-":
+        typer.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RemnantError(f"{out} cannot be written: {error.strerror or error}.", hint="Give --out FILE.") from error
+    typer.echo(f"wrote {out}")
+
+
+@worklist_app.command("list")
+def worklist_list(
+    state: Annotated[str | None, typer.Option(help="Only rows in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="At most this many, newest first.", min=1)] = 50,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Show the newest rows."""
+    from dicom_node import worklist
+
+    if state is not None and state not in worklist.STATES:
+        raise SettingsError(f"--state: {state!r} is not a state; states are {', '.join(worklist.STATES)}.")
+    with _Database(config) as engine:
+        _print_rows(worklist.rows(engine, state=state, limit=limit), as_json=as_json)
+
+
+@worklist_app.command("show")
+def worklist_show(row_id: RowId, as_json: AsJson = False, config: Config = None) -> None:
+    """Show one row with its objects, results, deliveries and history."""
+    from dicom_node import worklist
+
+    with _Database(config) as engine:
+        row = worklist.row(engine, row_id)
+        details = worklist.details(engine, row_id)
+        events = worklist.events(engine, row_id)
+    if as_json:
+        _print_json(row)
+        return
+    console = Console()
+    _print_pairs(console, row)
+    for name, items in details.items():
+        _print_table(console, name, items)
+    _print_table(console, "history", [_event_line(event) for event in events])
+
+
+@worklist_app.command("tail")
+def worklist_tail(
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as rows change, until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("-n", help="Rows to begin with.", min=0)] = 10,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Show the rows that changed last; with -f go on showing changes as they happen."""
+    from dicom_node import worklist
+
+    with _Database(config) as engine:
+        last = worklist.last_event_id(engine)
+        begin = sorted(worklist.rows(engine, limit=max(lines, 1)), key=lambda row: str(row["updated_at"]))
+        for row in begin[-lines:] if lines else []:
+            _print_change(row, as_json=as_json)
+        try:
+            while follow:
+                for event in worklist.changes_since(engine, last):
+                    last = event.id
+                    if event.scan_id is not None and event.to_state is not None:
+                        _print_change(
+                            {**worklist.row(engine, event.scan_id), "state": event.to_state}
+                            if not as_json
+                            else worklist.row(engine, event.scan_id),
+                            as_json=as_json,
+                        )
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            return
+
+
+@worklist_app.command("retry")
+def worklist_retry(row_id: RowId, config: Config = None) -> None:
+    """Analyse a row again, as a new revision."""
+    from dicom_node import spool, worklist
+    from dicom_node.wake import Bell
+
+    settings = load(config)
+    with _Database(config) as engine:
+        worklist.retry(engine, row_id)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    Bell(store.run / "worker.bell").ring()
+    typer.echo(f"row {row_id} is queued again")
+
+
+@worklist_app.command("prove")
+def worklist_prove(row_id: RowId, as_json: AsJson = False, config: Config = None) -> None:
+    """Print the chain from each received digest to what was sent where, checking every digest on the way."""
+    from dicom_node import spool, worklist
+    from dicom_node.proof import prove
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        worklist.row(engine, row_id)
+        links = prove(engine, store, row_id)
+    console = Console()
+    for link in links:
+        if as_json:
+            _print_json({"what": link.what, "ok": link.ok, "detail": link.detail})
+        else:
+            console.print("[green]ok  [/green]" if link.ok else "[red]FAIL[/red]", end="  ")
+            console.print(f"{link.what}: {link.detail}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(DONE if all(link.ok for link in links) else ANSWER_IS_NO)
+
+
+@db_app.command("upgrade")
+def db_upgrade(config: Config = None) -> None:
+    """Bring the database to this version's schema; the node does this by itself when it starts."""
+    from dicom_node import worklist
+
+    settings = load(config)
+    engine = worklist.open_worklist(settings.database_url, busy_timeout_s=settings.database.busy_timeout_s)
+    before = worklist.schema_is_current(engine)
+    worklist.upgrade(engine)
+    typer.echo("the schema was current already" if before else "the schema is current now")
+
+
+@db_app.command("check")
+def db_check(as_json: AsJson = False, config: Config = None) -> None:
+    """Check the database's integrity and the chain of its history."""
+    from dicom_node import worklist
+
+    with _Database(config) as engine:
+        faults = [*worklist.check(engine), *worklist.verify_events(engine)]
+    for fault in faults:
+        if as_json:
+            _print_json({"fault": str(fault)})
+        else:
+            typer.echo(str(fault))
+    if not faults and not as_json:
+        typer.echo("no faults found")
+    raise typer.Exit(ANSWER_IS_NO if faults else DONE)
+
+
+def _start(config: Path | None, role: str) -> Settings:
+    settings = load(config)
+    log.set_up(as_json=settings.log.json_lines, role=role)
+    return settings
+
+
+class _Database:
+    """The worklist for one command: opened, its schema checked, closed."""
+
+    def __init__(self, config: Path | None) -> None:
+        self._settings = load(config)
+
+    def __enter__(self) -> Any:
+        from dicom_node import worklist
+
+        url = self._settings.database_url
+        if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+            raise RemnantError(
+                f"There is no worklist at {url.removeprefix('sqlite:///')}.",
+                hint="Run this where the node runs, or give its --config.",
+            )
+        self._engine = worklist.open_worklist(url, busy_timeout_s=self._settings.database.busy_timeout_s)
+        if not worklist.schema_is_current(self._engine):
+            raise RemnantError("The database has another version's schema.", hint="Run `remnant db upgrade`.")
+        return self._engine
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.dispose()
+
+
+def _print_json(item: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(item, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+_LISTED = (
+    "id",
+    "state",
+    "finding",
+    "probability",
+    "reason",
+    "views",
+    "acquired_at",
+    "source_aet",
+    "delivered_to",
+    "last_error",
+)
+
+
+def _print_rows(rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            _print_json(row)
+        return
+    table = Table(*_LISTED)
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in _LISTED))
+    Console().print(table)
+
+
+def _print_change(row: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(row)
+        return
+    parts = [f"{row['updated_at']}", f"#{row['id']}", f"r{row['revision']}", f"{row['state']:<10}"]
+    if row["finding"] and row["probability"] is not None:
+        parts.append(f"{row['finding']} {row['probability']:.3f}")
+    parts += [str(row[name]) for name in ("reason", "views", "last_error") if row[name]]
+    typer.echo("  ".join(parts))
+
+
+def _print_pairs(console: Console, row: Mapping[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for name, value in row.items():
+        table.add_row(f"[bold]{name}[/bold]", _cell(value))
+    console.print(table)
+
+
+def _print_table(console: Console, title: str, items: Iterable[Mapping[str, Any]]) -> None:
+    items = list(items)
+    if not items:
+        return
+    table = Table(*items[0], title=title, title_justify="left")
+    for item in items:
+        table.add_row(*(_cell(value) for value in item.values()))
+    console.print(table)
+
+
+def _event_line(event: Any) -> dict[str, Any]:
+    change = f"{event.from_state or ''} -> {event.to_state}" if event.to_state else ""
+    return {"at": event.at, "revision": event.revision, "event": event.event, "change": change, "detail": event.detail}
+
+
+def _cell(value: object) -> str:
+    from rich.markup import escape
+
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
+
+
+def _print_verdict(console: Console, verdict: Any, release: str, load_ms: float) -> None:
+    from pipeline.reasons import REASONS
+
+    told = verdict.answer
+
+    def line(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    line(f"study {verdict.study_instance_uid}", "bold")
+    if told.finding is not None:
+        line(f"  finding       residual thyroid tissue {told.finding}")
+        line(f"  probability   {100 * told.probability:.1f} %")
+        line(f"  views         {', '.join(told.views)}")
+        line(f"  model         {told.model} ({release}), sha256 {told.model_sha256}")
+        line(f"  preprocessing {verdict.preprocessing}")
+        steps = ", ".join(f"{step} {value:.0f}" for step, value in told.timings_ms.items() if step != "total")
+        line(f"  time          {told.timings_ms.get('total', 0.0):.0f} ms ({steps}); model loaded in {load_ms:.0f} ms")
+        line("  Not for diagnosis without review.")
+    else:
+        line(f"  NOT ANALYSED  {REASONS[told.reason].sentence} ({told.reason})")
+        if told.detail:
+            line(f"  detail        {told.detail}")
+        line(f"  what to do    {REASONS[told.reason].hint}")
+    for path in verdict.files:
+        line(f"  wrote         {path}")
+
+
+def _with_progress(items: Iterable[Any], console: Console) -> Iterable[Any]:
+    from rich.progress import track
+
+    if not sys.stderr.isatty():
+        return items
+    listed: Callable[..., Iterable[Any]] = track
+    return listed(items, description="analysing", console=console, transient=True)
+
+
+if __name__ == "__main__":
+    main()

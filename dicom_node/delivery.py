@@ -1,0 +1,155 @@
+"""Deliveries: what is due goes to its destination, and what became of it goes into the worklist.
+
+A thread a destination, so that one which is away delays no other. At least once, with the same UID and the same bytes:
+a delivery is marked acknowledged only after the archive's answer, so a sender killed in between sends again, and the
+archive sees a duplicate of the identical object, never a second result.
+"""
+
+import random
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import Engine
+
+from dicom_node import log, worklist
+from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, send
+from dicom_node.settings import Destination, Settings
+from dicom_node.spool import Spool
+from dicom_node.wake import Bell
+
+BATCH = 100
+"""Objects in one association: after a long outage no association should last for hours."""
+
+HOLD_S = 3600.0
+"""Seconds that a taken delivery is kept from other senders; one that died gives back its own at its next start."""
+
+POLL_S = 2.0
+"""Longest sleep between two looks into the worklist: another machine's worker cannot ring our bell."""
+
+_log = log.get("sender")
+
+
+class Sender:
+    """Sends results until it is stopped."""
+
+    def __init__(self, settings: Settings, engine: Engine, store: Spool, *, owner: str) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._spool = store
+        self._owner = owner
+        self._bell = Bell(store.run / "sender.bell")
+        self._rung = {destination.name: threading.Event() for destination in settings.destinations}
+
+    def run(self, stop: threading.Event) -> None:
+        """Deliver until `stop` is set; what is on the wire then is finished."""
+        freed = worklist.release_deliveries(self._engine, self._owner)
+        if freed:
+            _log.warning("deliveries_released", count=freed, why="their sender ended before it knew the outcome")
+        threads = [
+            threading.Thread(target=self._serve, args=(destination, stop), name=f"to-{destination.name}")
+            for destination in self._settings.destinations
+        ]
+        for thread in threads:
+            thread.start()
+        while not stop.is_set():
+            self._bell.wait(POLL_S)
+            for rung in self._rung.values():
+                rung.set()
+        for thread in threads:
+            thread.join()
+
+    def wake(self) -> None:
+        """End the sleep of `run`."""
+        self._bell.ring()
+
+    def _serve(self, destination: Destination, stop: threading.Event) -> None:
+        rung = self._rung[destination.name]
+        while not stop.is_set():
+            rung.clear()
+            try:
+                if self._deliver(destination, stop):
+                    continue
+                due_s = worklist.next_delivery_in_s(self._engine, destination.name)
+            except worklist.DatabaseUnavailable as error:
+                _log.error("database_unavailable", destination=destination.name, error=str(error))
+                due_s = None
+            rung.wait(POLL_S if due_s is None else min(POLL_S, due_s))
+
+    def _deliver(self, destination: Destination, stop: threading.Event) -> bool:
+        """Send what is due; True where something was."""
+        due = worklist.due_deliveries(self._engine, destination.name, owner=self._owner, limit=BATCH, hold_s=HOLD_S)
+        if not due:
+            return False
+        by_key = {delivery.id: delivery for delivery in due}
+        parcels = [
+            Parcel(
+                key=delivery.id,
+                path=self._spool.results / delivery.file_name,
+                sop_class_uid=delivery.sop_class_uid,
+                sop_instance_uid=delivery.sop_instance_uid,
+                sha256=delivery.sha256,
+            )
+            for delivery in due
+        ]
+        peer = Peer(destination.name, destination.ae_title, destination.host, destination.port)
+        timeout_s = self._settings.delivery.timeout_s
+        started = time.monotonic()
+        for parcel, outcome in send(
+            peer,
+            parcels,
+            calling_ae_title=self._settings.node.ae_title,
+            connect_timeout_s=timeout_s,
+            acse_timeout_s=timeout_s,
+            dimse_timeout_s=timeout_s,
+        ):
+            self._record(destination, by_key[parcel.key], outcome, started)
+        return True
+
+    def _record(
+        self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome, started: float
+    ) -> None:
+        rules = self._settings.delivery
+        state, delay_s = "pending", 0.0
+        if outcome.kind == "acknowledged":
+            state = "acknowledged"
+        elif outcome.kind == "later":
+            if _tried_for(delivery) > timedelta(days=rules.give_up_after_days):
+                state = "given_up"
+            else:
+                delay_s = back_off_s(
+                    delivery.attempts + 1,
+                    first_s=rules.first_retry_s,
+                    max_s=rules.max_retry_s,
+                    jitter=random.random(),  # noqa: S311 - spreads retries, keeps no secret
+                )
+        else:
+            state = "refused"
+        worklist.record_delivery(
+            self._engine,
+            delivery.id,
+            state=state,
+            status=outcome.status,
+            error=outcome.warning or (None if state == "acknowledged" else outcome.text),
+            delay_s=delay_s,
+        )
+        speak = _log.info if state == "acknowledged" and not outcome.warning else _log.warning
+        if outcome.alarm or state in ("refused", "given_up"):
+            speak = _log.error
+        speak(
+            "delivered" if state == "acknowledged" else "not_delivered",
+            scan=delivery.scan_id,
+            revision=delivery.revision,
+            kind=delivery.kind,
+            destination=destination.name,
+            state=state,
+            outcome=outcome.text,
+            retry_in_s=round(delay_s, 1) if state == "pending" else None,
+            took_ms=round(1000 * (time.monotonic() - started), 1),
+        )
+
+
+def _tried_for(delivery: worklist.DueDelivery) -> timedelta:
+    if delivery.first_tried_at is None:
+        return timedelta(0)
+    return datetime.now(UTC) - datetime.fromisoformat(delivery.first_tried_at)

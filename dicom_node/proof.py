@@ -1,0 +1,83 @@
+"""`remnant worklist prove`: the chain from what was received to what an archive acknowledged, link by link.
+
+Every link is checked against the bytes and the history as they are now, not repeated from the row: a changed file, a
+missing result or an edited history shows.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydicom.filereader import read_file_meta_info
+from sqlalchemy import Engine
+
+from dicom_node import worklist
+from dicom_node.spool import Spool
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One link: what it is, whether it holds, what was seen."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def prove(engine: Engine, store: Spool, scan_id: int) -> list[Link]:
+    """Return every link of a row's chain, in the order in which it came about."""
+    details = worklist.details(engine, scan_id)
+    links = [_received(store, instance) for instance in details["instances"]]
+    links += [_rendered(store, result) for result in details["results"]]
+    links += [
+        Link(
+            f"delivery to {delivery['destination']}",
+            delivery["state"] in ("acknowledged", "cancelled"),
+            f"{delivery['sop_instance_uid']} {delivery['state']}"
+            + (f", status {delivery['last_status']}" if delivery["last_status"] is not None else ""),
+        )
+        for delivery in details["deliveries"]
+    ]
+    faults = worklist.verify_events(engine, scan_id)
+    links.append(
+        Link(
+            "history",
+            not faults,
+            "; ".join(str(fault) for fault in faults) or "every event follows from the one before",
+        )
+    )
+    return links
+
+
+def _received(store: Spool, instance: dict[str, object]) -> Link:
+    what = f"received {instance['sop_instance_uid']}"
+    if instance["purged_at"]:
+        return Link(what, True, f"sha256 {instance['sha256']}, bytes purged {instance['purged_at']}")
+    path = store.objects / str(instance["spool_name"])
+    if not path.is_file():
+        return Link(what, False, f"the file {path} is missing")
+    found = hashlib.sha256(_dataset(path)).hexdigest()
+    return Link(what, found == instance["sha256"], f"sha256 {found}" + _against(found, instance["sha256"]))
+
+
+def _rendered(store: Spool, result: dict[str, object]) -> Link:
+    what = f"result {result['kind']} {result['sop_instance_uid']}"
+    if result["purged_at"]:
+        return Link(what, True, f"sha256 {result['sha256']}, bytes purged {result['purged_at']}")
+    path = store.results / str(result["file_name"])
+    if not path.is_file():
+        return Link(what, False, f"the file {path} is missing")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Link(what, found == result["sha256"], f"sha256 {found}" + _against(found, result["sha256"]))
+
+
+def _against(found: str, recorded: object) -> str:
+    return "" if found == recorded else f", but the worklist says {recorded}"
+
+
+def _dataset(path: Path) -> bytes:
+    """Return the dataset of a Part 10 file as it was received: what follows the file meta information (PS3.10 7.1)."""
+    data = path.read_bytes()
+    # Preamble 128, prefix 4, then (0002,0000) with its own 8 + 4 bytes says how long the rest of the group is.
+    length = int(read_file_meta_info(path).FileMetaInformationGroupLength)
+    return data[128 + 4 + 12 + length :]

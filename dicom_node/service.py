@@ -1,0 +1,326 @@
+"""The only place where things are put together, started and stopped: roles, processes, ticks, signals.
+
+`serve` runs three roles as processes of their own and starts one again when it ends: `receive`, `work`, `send`. They
+meet only in the spool and the worklist. Each role can also be started by itself, on several machines, over one
+PostgreSQL. A role holds a lock file, so that no two of the same name work in one storage folder.
+
+APScheduler keeps no job store: its jobs are ticks over the worklist, in the process of `work`, and every change they
+make is guarded there, so that two nodes which tick at the same time do no harm.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sqlalchemy import Engine
+
+from dicom_node import log, spool, worklist
+from dicom_node.errors import RemnantError, SettingsError
+from dicom_node.settings import Settings
+from dicom_node.spool import Spool
+
+if TYPE_CHECKING:
+    from apscheduler.schedulers.background import BackgroundScheduler
+
+    from models.weights import WeightsRecord
+
+Role = Literal["receive", "work", "send"]
+ROLES: tuple[Role, ...] = ("receive", "work", "send")
+
+LEASE_S = 15.0
+"""Seconds of our own monotonic time without a heartbeat after which a lease on another machine is broken."""
+
+_LOCK_WAIT_S = 20.0
+_RESTART_FIRST_S, _RESTART_MAX_S = 0.2, 30.0
+_STEADY_S = 30.0  # a role that ran this long has recovered: its next end is restarted at once again
+_STOP_LIMIT_S = 12.0
+
+_log = log.get("service")
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What every role needs."""
+
+    settings: Settings
+    engine: Engine
+    spool: Spool
+
+
+def open_house(settings: Settings) -> House:
+    """Open spool and worklist, bringing the schema up to date. Raises RemnantError."""
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    engine = worklist.open_worklist(settings.database_url, busy_timeout_s=settings.database.busy_timeout_s)
+    if not worklist.schema_is_current(engine):
+        with _lock(store.run / "upgrade.lock", wait_s=_LOCK_WAIT_S, what="the database upgrade"):
+            worklist.upgrade(engine)
+    return House(settings=settings, engine=engine, spool=store)
+
+
+def check_release(settings: Settings, record: "WeightsRecord") -> None:
+    """Refuse to send results of demonstration weights to a real archive. Raises SettingsError, one sentence."""
+    if record.release != "demonstration":
+        return
+    real = [destination.name for destination in settings.destinations if not destination.test]
+    if real:
+        raise SettingsError(
+            f"The weights {record.name} are a demonstration, trained on {record.trained_on}, and destination"
+            f" {', '.join(real)} is not marked test = true: such results must not reach patients' records."
+        )
+
+
+def load_record(settings: Settings) -> "WeightsRecord":
+    """Read the record of the configured weights, without loading torch. Raises SettingsError naming the key."""
+    from models.weights import WeightsError, find
+
+    try:
+        return find(settings.model.weights).record
+    except WeightsError as error:
+        raise SettingsError(f"model.weights: {error}") from error
+
+
+def run_receiver(settings: Settings, *, supervised: bool) -> None:
+    """Run the role `receive` until a signal."""
+    from dicom_node.receiver import Receiver
+    from dicom_node.wake import Bell
+
+    with _role("receive", settings, supervised=supervised) as (house, stop):
+        spool.clear_unfinished(house.spool.incoming)
+        receiver = Receiver(settings, house.engine, house.spool, Bell(house.spool.run / "worker.bell"))
+        host, port = receiver.start()
+        _announce(house.spool, "receive", host=host, port=port)
+        stop.wait()
+        receiver.stop()
+
+
+def run_worker(settings: Settings, *, supervised: bool) -> None:
+    """Run the role `work`, and the ticks, until a signal."""
+    from dicom_node.worker import Worker
+
+    check_release(settings, load_record(settings))
+    with _role("work", settings, supervised=supervised) as (house, stop):
+        spool.clear_unfinished(house.spool.rendering)
+        worker = Worker(settings, house.engine, house.spool, owner=_owner("work"), boot=secrets.token_hex(8))
+        ticks = _ticks(house, worker.wake)
+        ticks.start()
+        try:
+            worker.run(stop, lambda: _announce(house.spool, "work"))
+        finally:
+            ticks.shutdown(wait=False)
+            worker.close()
+
+
+def run_sender(settings: Settings, *, supervised: bool) -> None:
+    """Run the role `send` until a signal."""
+    from dicom_node.delivery import Sender
+
+    check_release(settings, load_record(settings))
+    with _role("send", settings, supervised=supervised) as (house, stop):
+        sender = Sender(settings, house.engine, house.spool, owner=_owner("send"))
+        _announce(house.spool, "send")
+        sender.run(stop)
+
+
+RUN: dict[Role, Callable[..., None]] = {"receive": run_receiver, "work": run_worker, "send": run_sender}
+
+
+def serve(settings: Settings, config: Path | None) -> None:
+    """Run the node: all three roles as processes, each started again when it ends, until a signal."""
+    check_release(settings, load_record(settings))
+    open_house(settings)  # once, so that three roles do not race to upgrade the schema, and faults show here
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    watchers = [
+        threading.Thread(target=_keep_running, args=(role, config, stop), name=f"keep-{role}") for role in ROLES
+    ]
+    for watcher in watchers:
+        watcher.start()
+    _log.info("serving", roles=" ".join(ROLES))
+    for watcher in watchers:
+        watcher.join()
+    _log.info("stopped")
+
+
+def _keep_running(role: Role, config: Path | None, stop: threading.Event) -> None:
+    command = [sys.executable, "-m", "dicom_node.cli", role, "--supervised"]
+    if config is not None:
+        command += ["--config", str(config)]
+    pause_s = _RESTART_FIRST_S
+    while not stop.is_set():
+        started = time.monotonic()
+        # The child reads our pipe: when we die, however suddenly, it reads the end of it and stops too.
+        child = subprocess.Popen(command, stdin=subprocess.PIPE)
+        while child.poll() is None and not stop.wait(0.1):
+            pass
+        if stop.is_set():
+            _end(child, role)
+            return
+        if time.monotonic() - started > _STEADY_S:
+            pause_s = _RESTART_FIRST_S
+        _log.error("role_ended", role_name=role, exit_code=child.returncode, restart_in_s=pause_s)
+        stop.wait(pause_s)
+        pause_s = min(_RESTART_MAX_S, 2 * pause_s)
+
+
+def _end(child: "subprocess.Popen[bytes]", role: Role) -> None:
+    child.terminate()
+    try:
+        child.wait(_STOP_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        _log.error("role_killed", role_name=role, why=f"it did not stop within {_STOP_LIMIT_S:g} s")
+        child.kill()
+        child.wait()
+
+
+@contextmanager
+def _role(role: Role, settings: Settings, *, supervised: bool) -> Iterator[tuple[House, threading.Event]]:
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    if supervised:
+        threading.Thread(target=_stop_with_supervisor, args=(stop,), name="supervisor", daemon=True).start()
+    house = open_house(settings)
+    with _lock(house.spool.run / f"{role}.lock", wait_s=_LOCK_WAIT_S, what=f"the role {role} of this storage folder"):
+        yield house, stop
+        (house.spool.run / f"{role}.json").unlink(missing_ok=True)
+    house.engine.dispose()
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    def ask(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            os._exit(3)  # asked twice: at once, which the node survives by design
+        stop.set()
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+
+
+def _stop_with_supervisor(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()
+
+
+@contextmanager
+def _lock(path: Path, *, wait_s: float, what: str) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends. Raises RemnantError when another holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise RemnantError(
+                        f"Another process holds {what}.",
+                        hint="Stop the other node, or use another [storage] directory.",
+                    ) from error
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _announce(store: Spool, role: Role, **facts: object) -> None:
+    """Say that a role is ready, in a file that tools and tests can wait for."""
+    path = store.run / f"{role}.json"
+    fresh = path.with_suffix(".fresh")
+    fresh.write_text(json.dumps({"pid": os.getpid(), **facts}), encoding="utf-8")
+    fresh.rename(path)
+
+
+def _owner(role: Role) -> str:
+    """The name a role signs leases with: the same after a restart, so that it finds what its predecessor held."""
+    return f"{socket.gethostname()}:{role}:{Path.cwd()}"
+
+
+def _ticks(house: House, wake: Callable[[], None]) -> "BackgroundScheduler":
+    from apscheduler.executors.pool import ThreadPoolExecutor
+    from apscheduler.schedulers.background import BackgroundScheduler
+
+    scheduler = BackgroundScheduler(
+        executors={"default": ThreadPoolExecutor(1)},
+        job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+        timezone="UTC",
+    )
+    observer = _LeaseObserver(house.engine)
+    jobs: tuple[tuple[str, Callable[[], bool], float], ...] = (
+        ("views timeout", lambda: bool(worklist.expire_views(house.engine)), 1.0),
+        ("expired leases", observer.look, LEASE_S / 5),
+        ("purge", lambda: _purge(house), 3600.0),
+        ("health", lambda: _health(house), 60.0),
+    )
+    for name, job, every_s in jobs:
+        scheduler.add_job(_tick, "interval", (name, job, wake), seconds=every_s, id=name)
+    return scheduler
+
+
+def _tick(name: str, job: Callable[[], bool], wake: Callable[[], None]) -> None:
+    try:
+        if job():
+            wake()
+    except RemnantError as error:
+        _log.error("tick_failed", tick=name, error=str(error))
+
+
+class _LeaseObserver:
+    """Breaks a lease whose counter has not moved for LEASE_S of our own monotonic time.
+
+    Wall clocks of two machines may differ, and one may jump; a counter that stands still needs no clock but ours.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._seen: dict[int, tuple[object, float]] = {}
+
+    def look(self) -> bool:
+        now = time.monotonic()
+        seen: dict[int, tuple[object, float]] = {}
+        broken = False
+        for lease in worklist.observe_leases(self._engine):
+            mark = (lease.owner, lease.boot, lease.counter)
+            before, since = self._seen.get(lease.scan_id, (mark, now))
+            seen[lease.scan_id] = (mark, since if before == mark else now)
+            if before == mark and now - since > LEASE_S and worklist.break_lease(self._engine, lease):
+                _log.warning("lease_broken", scan=lease.scan_id, owner=lease.owner)
+                broken = True
+        self._seen = seen
+        return broken
+
+
+def _purge(house: House) -> bool:
+    """Remove the bytes whose retention is over; facts stay, so that a resend is still recognised."""
+    storage = house.settings.storage
+    purged = 0
+    for item in worklist.purgeable(house.engine, retention_days=storage.retention_days):
+        folder = house.spool.objects if item.kind == "instance" else house.spool.results
+        spool.remove(folder / item.file_name)
+        worklist.mark_purged(house.engine, item)
+        purged += 1
+    forgotten = worklist.forget(house.engine, storage.forget_days)
+    if purged or forgotten:
+        _log.info("purged", objects=purged, rows_forgotten=forgotten)
+    return False
+
+
+def _health(house: House) -> bool:
+    counts = worklist.counts_by_state(house.engine)
+    _log.info("health", **{f"rows_{state}": count for state, count in counts.items()})
+    try:
+        spool.check_room(house.spool, 0)
+    except RemnantError as error:
+        _log.error("disk_low", error=str(error))
+    return False
