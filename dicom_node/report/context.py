@@ -16,12 +16,15 @@ class RenderError(RemnantError):
 
 
 class Predecessor(NamedTuple):
-    """A result of an earlier revision (PredecessorDocumentsSequence, PS3.3 C.17.2)."""
+    """A document of an earlier revision (PredecessorDocumentsSequence, PS3.3 C.17.2).
+
+    `study_instance_uid` is given where it is not the study of the sources: a person accepted another identity since.
+    """
 
     sop_class_uid: str
     sop_instance_uid: str
-    study_instance_uid: str
     series_instance_uid: str
+    study_instance_uid: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ class ReportContext:
     software_version: the distribution's.
     sc: "colour" (RGB) or "grey" (MONOCHROME2) Secondary Captures.
     codes: a site's own codes for ours: "RMN001" -> (value, scheme, meaning).
-    predecessors: results of earlier revisions; only documents (SR) may stand there.
+    predecessors: `Predecessor`s, or plain tuples in its order; only documents (SR) may stand there.
     model: which weights the node runs, for the note of a Declined; a Finding names its own.
     device_serial_number: of the node; by default its AE title.
     """
@@ -55,7 +58,7 @@ class ReportContext:
     software_version: str
     sc: Literal["colour", "grey"] = "colour"
     codes: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
-    predecessors: tuple[Predecessor, ...] = ()
+    predecessors: tuple[tuple[str, ...], ...] = ()
     model: ModelFacts | None = None
     device_serial_number: str = ""
 
@@ -64,8 +67,8 @@ class ReportContext:
 class RenderedResult:
     """One object, ready to be stored and sent.
 
-    `data` is a complete Part 10 file, Explicit VR Little Endian. `variant` tells objects of one kind apart: "tid1500",
-    "colour" or "grey", with "-note" behind it for a scan that was not analysed.
+    `data` is a complete Part 10 file, Explicit VR Little Endian. `variant` tells objects of one kind apart: "colour" or
+    "grey" for a Secondary Capture, "" for a Structured Report.
     """
 
     kind: Literal["sr", "sc"]

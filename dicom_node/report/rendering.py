@@ -53,8 +53,10 @@ def result_uids(
     A.1.2.3), so documents and pictures cannot share one.
     """
     naming = _naming(outcome, sources, context)
-    variant = ("tid1500" if kind == "sr" else context.sc) + ("-note" if isinstance(outcome, Declined) else "")
-    sop = uids.derived_uid(context.uid_namespace, "instance", naming, _SOP_CLASSES[kind], variant)
+    variant = "" if kind == "sr" else context.sc
+    # A note and a finding on the same scan (analysed offline a second time, after a time-out) are two objects.
+    content = "note" if isinstance(outcome, Declined) else "finding"
+    sop = uids.derived_uid(context.uid_namespace, "instance", naming, _SOP_CLASSES[kind], variant, content)
     modality = "SR" if kind == "sr" else "OT"
     return variant, sop, uids.derived_uid(context.uid_namespace, "series", naming, modality)
 

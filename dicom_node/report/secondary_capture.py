@@ -38,6 +38,7 @@ def build(
     ds.Modality = "OT"
     ds.SeriesNumber = equipment.SERIES_NUMBERS["sc"]
     ds.InstanceNumber = 1
+    ds.BodyPartExamined = "NECK"
     ds.PatientOrientation = None
     ds.ConversionType = "WSD"
     ds.ImageType = ["DERIVED", "SECONDARY"]

@@ -82,7 +82,7 @@ def build(
         is_complete=True,
         is_final=False,
         is_verified=False,
-        previous_versions=[_as_reference(Predecessor(*one)) for one in context.predecessors] or None,
+        previous_versions=[_as_reference(one, sources[0]) for one in context.predecessors] or None,
         transfer_syntax_uid=ExplicitVRLittleEndian,
     )
     # A plain dataset without what highdicom added on its own: its clock, its own name, its file meta information.
@@ -316,10 +316,11 @@ def _bare(ds: Dataset) -> Dataset:
     return bare
 
 
-def _as_reference(predecessor: Predecessor) -> Dataset:
+def _as_reference(one: tuple[str, ...], source: Dataset) -> Dataset:
+    predecessor = Predecessor(*one)
     ds = Dataset()
     ds.SOPClassUID = predecessor.sop_class_uid
     ds.SOPInstanceUID = predecessor.sop_instance_uid
-    ds.StudyInstanceUID = predecessor.study_instance_uid
+    ds.StudyInstanceUID = predecessor.study_instance_uid or text_of(source, "StudyInstanceUID")
     ds.SeriesInstanceUID = predecessor.series_instance_uid
     return ds
