@@ -1,0 +1,117 @@
+"""The worklist: what the node knows about every scan, and all SQL of the product.
+
+Plain functions on an SQLAlchemy engine. Start reading at `states` (what a row can be), then `intake` (what arrives),
+`work` (the worker), `deliveries` (the sender), `view` (people) and `upkeep` (retention, checks); `tables` has the
+columns, `guard` the one function that changes a state, `events` the history.
+
+When a function raises, nothing of what it was to do has happened; when it returns, it is committed and on the disk.
+"""
+
+from dicom_node.worklist.deliveries import (
+    DueDelivery,
+    NewResult,
+    due_deliveries,
+    next_delivery_in_s,
+    record_delivery,
+    release_deliveries,
+    substitute_delivery,
+)
+from dicom_node.worklist.engine import DatabaseUnavailable, WorklistFault, open_worklist
+from dicom_node.worklist.guard import Lease
+from dicom_node.worklist.history import EVENTS, Event, changes_since, events, record_event, verify_events
+from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive
+from dicom_node.worklist.schema import schema_is_current, upgrade
+from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
+from dicom_node.worklist.tables import VIEW_COLUMNS
+from dicom_node.worklist.upkeep import (
+    PurgeableFile,
+    check,
+    forget,
+    instance_by_digest,
+    known_result_names,
+    known_spool_names,
+    mark_purged,
+    purgeable,
+)
+from dicom_node.worklist.view import Details, counts_by_state, details, row, rows
+from dicom_node.worklist.work import (
+    Claim,
+    ClaimedInstance,
+    ObservedLease,
+    PendingVersion,
+    Predecessor,
+    break_lease,
+    claim,
+    finish,
+    heartbeat,
+    judge_version,
+    next_work_in_s,
+    observe_leases,
+    pending_versions,
+    release_owner,
+    retry,
+    try_again,
+)
+
+__all__ = [
+    "DELIVERY_STATES",
+    "EVENTS",
+    "REST",
+    "STATES",
+    "TRANSITIONS",
+    "VIEW_COLUMNS",
+    "Claim",
+    "ClaimedInstance",
+    "DatabaseUnavailable",
+    "Details",
+    "DueDelivery",
+    "Event",
+    "IntakeRules",
+    "Lease",
+    "LeaseLost",
+    "NewResult",
+    "ObservedLease",
+    "PendingVersion",
+    "Predecessor",
+    "PurgeableFile",
+    "Receipt",
+    "Stored",
+    "TransitionRefused",
+    "WorklistFault",
+    "break_lease",
+    "changes_since",
+    "check",
+    "claim",
+    "counts_by_state",
+    "details",
+    "due_deliveries",
+    "events",
+    "expire_views",
+    "finish",
+    "forget",
+    "heartbeat",
+    "instance_by_digest",
+    "judge_version",
+    "known_result_names",
+    "known_spool_names",
+    "mark_purged",
+    "next_delivery_in_s",
+    "next_work_in_s",
+    "observe_leases",
+    "open_worklist",
+    "pending_versions",
+    "purgeable",
+    "receive",
+    "record_delivery",
+    "record_event",
+    "release_deliveries",
+    "release_owner",
+    "retry",
+    "row",
+    "rows",
+    "schema_is_current",
+    "substitute_delivery",
+    "try_again",
+    "upgrade",
+    "verify_events",
+]

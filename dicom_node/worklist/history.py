@@ -1,0 +1,159 @@
+"""The history: append-only, chained by digest within a row's history.
+
+Each event's digest covers the digest before it, so that a changed, removed or inserted line shows (`verify_events`);
+what was cut off at the end does not, which is what checkpoints kept elsewhere are for. `detail` never holds patient
+identity: the history outlives it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from types import MappingProxyType
+
+from sqlalchemy import Connection, Engine, RowMapping, func, insert, select
+
+from dicom_node.worklist.clock import read_clock
+from dicom_node.worklist.engine import NODE_EVENTS_LOCK, lock, reading, writing
+from dicom_node.worklist.tables import event_table
+
+EVENTS = MappingProxyType(
+    {
+        "received": "an object is durable and hangs on this row",
+        "version_received": "other bytes arrived under a known SOP Instance UID; kept beside the first",
+        "version_judged": "the worker compared such bytes with the first",
+        "patient_differs_in_study": "ALARM: another patient's object carries this StudyInstanceUID",
+        "other_pixels": "ALARM: another image arrived under a known SOP Instance UID; quarantined",
+        "identity_changed": "ALARM: the same image arrived with another identity; sending stopped",
+        "revised": "the set of views changed",
+        "views_taken": "another row took this row's views",
+        "complete": "all required views are here, or the header says why the scan cannot be judged",
+        "views_expired": "a required view did not arrive in time",
+        "claimed": "a worker took the row",
+        "requeued": "the worker was lost",
+        "claims_used_up": "workers were lost too often over this row: it gets a note instead of an analysis",
+        "try_later": "an attempt failed and another is due",
+        "attempt_failed": "the last attempt failed",
+        "finished": "the analysis ended",
+        "cancelled": "deliveries not yet made were cancelled",
+        "delivery": "a delivery came to rest",
+        "substituted": "another object goes to a destination that does not take the first",
+        "settled": "every delivery is at rest",
+        "retry": "a person asked for a retry",
+        "purged": "bytes were removed by retention",
+        "forgotten": "identity columns were emptied",
+        "node": "something happened to the node itself",
+    }
+)
+"""The closed list of events: name -> what it says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the history. `scan_id` is None for the node's own."""
+
+    id: int
+    scan_id: int | None
+    sequence: int
+    at: str
+    revision: int | None
+    event: str
+    from_state: str | None
+    to_state: str | None
+    detail: str
+    digest: str
+
+
+def append(
+    conn: Connection,
+    scan_id: int | None,
+    event: str,
+    *,
+    revision: int | None = None,
+    from_state: str | None = None,
+    to_state: str | None = None,
+    detail: str = "",
+) -> None:
+    """Write one event. The caller holds the row (has updated or locked it) in this transaction."""
+    if event not in EVENTS:
+        raise KeyError(event)
+    if scan_id is None:
+        lock(conn, NODE_EVENTS_LOCK)
+    head = conn.execute(
+        select(event_table.c.sequence, event_table.c.digest)
+        .where(func.coalesce(event_table.c.scan_id, 0) == (scan_id or 0))
+        .order_by(event_table.c.sequence.desc())
+        .limit(1)
+    ).first()
+    fields: dict[str, str | int | None] = {
+        "scan_id": scan_id,
+        "sequence": 1 if head is None else head.sequence + 1,
+        "at": read_clock(conn),
+        "revision": revision,
+        "event": event,
+        "from_state": from_state,
+        "to_state": to_state,
+        "detail": detail,
+    }
+    conn.execute(insert(event_table).values(**fields, digest=_digest("" if head is None else head.digest, fields)))
+
+
+def record_event(engine: Engine, event: str, detail: str = "") -> None:
+    """Write an event of the node's own history."""
+    with writing(engine) as conn:
+        append(conn, None, event, detail=detail)
+
+
+def _digest(previous: str, fields: dict[str, str | int | None]) -> str:
+    line = json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(f"{previous}\n{line}".encode()).hexdigest()
+
+
+def _event(row: RowMapping) -> Event:
+    return Event(**row)
+
+
+def events(engine: Engine, scan_id: int | None) -> tuple[Event, ...]:
+    """The history of one row, oldest first; of the node itself for None."""
+    with reading(engine) as conn:
+        found = conn.execute(
+            select(event_table)
+            .where(func.coalesce(event_table.c.scan_id, 0) == (scan_id or 0))
+            .order_by(event_table.c.sequence)
+        ).mappings()
+        return tuple(_event(row) for row in found)
+
+
+def changes_since(engine: Engine, event_id: int, *, limit: int = 1000) -> tuple[Event, ...]:
+    """Events after `event_id` in the order of their ids. On PostgreSQL a slow transaction may commit a lower id late;
+    this is for people who watch, the history itself is complete."""
+    with reading(engine) as conn:
+        found = conn.execute(
+            select(event_table).where(event_table.c.id > event_id).order_by(event_table.c.id).limit(limit)
+        ).mappings()
+        return tuple(_event(row) for row in found)
+
+
+def verify_events(engine: Engine) -> tuple[str, ...]:
+    """Faults in the chains of the history, one sentence each; empty when every chain holds."""
+    with reading(engine) as conn:
+        found = conn.execute(
+            select(event_table).order_by(func.coalesce(event_table.c.scan_id, 0), event_table.c.sequence)
+        ).mappings()
+        return tuple(_faults(_event(row) for row in found))
+
+
+def _faults(history: Iterator[Event]) -> Iterator[str]:
+    for scan_id, chain in groupby(history, key=lambda line: line.scan_id):
+        whose = "the node" if scan_id is None else f"scan {scan_id}"
+        previous = ""
+        for expected, line in enumerate(chain, start=1):
+            if line.sequence != expected:
+                yield f"the history of {whose} lacks event {expected}"
+                break
+            fields = {name: value for name, value in asdict(line).items() if name not in {"id", "digest"}}
+            if line.digest != _digest(previous, fields):
+                yield f"event {line.sequence} in the history of {whose} was changed after it was written"
+                break
+            previous = line.digest

@@ -1,0 +1,651 @@
+"""What a received object means for the rows: one transaction from the durable bytes to the row that owns them.
+
+Objects arrive in any order and from several associations at once. Which views belong together is decided by
+`pipeline.views.group`, a pure function of everything received so far of this patient and study, so that the outcome
+does not depend on the order of arrival. Nothing here decides by guessing: what the rule calls ambiguous becomes a row
+that says so.
+
+Nothing received is ever overwritten. The same bytes again change nothing; other bytes under a known SOP Instance UID
+(PS3.5 section 9 forbids them, the field has them) are kept beside the first until the worker has compared the two.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone, tzinfo
+from typing import Any
+
+from sqlalchemy import Connection, Engine, RowMapping, insert, select, update
+
+from dicom_node.worklist import history
+from dicom_node.worklist.clock import now, text_of
+from dicom_node.worklist.engine import INTAKE_LOCK, lock, writing
+from dicom_node.worklist.guard import Standing, change
+from dicom_node.worklist.states import NEW, REST
+from dicom_node.worklist.tables import delivery, instance, result, scan
+from pipeline.finding import ViewName
+from pipeline.views import FrameFacts, HeaderFacts, group
+
+NM_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.20"
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeRules:
+    """When views make a whole. `timezone` reads acquisition times of headers without an offset; None: the system's."""
+
+    require_views: Sequence[ViewName]
+    pair_window_s: float
+    views_timeout_s: float
+    timezone: tzinfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where the durable bytes of an object are: name in the spool, SHA-256 (hex) and size of the dataset."""
+
+    spool_name: str
+    sha256: str
+    size_bytes: int
+    transfer_syntax_uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a received object.
+
+    `new` is False for bytes that were here before; `queued` is True where the worker has something to do; `alarms` are
+    tokens of `history.EVENTS` that a person should hear of.
+    """
+
+    scan_id: int
+    state: str
+    new: bool
+    queued: bool
+    alarms: tuple[str, ...] = ()
+
+
+def receive(engine: Engine, facts: HeaderFacts, stored: Stored, *, source_aet: str, rules: IntakeRules) -> Receipt:
+    """Enter a durable object into the worklist; when this returns, it is committed.
+
+    Raises
+    ------
+    DatabaseUnavailable: nothing was entered; the sender must keep its copy.
+    """
+    facts = _storable(facts)
+    source_aet = _clean(source_aet)
+    with writing(engine) as conn:
+        lock(conn, INTAKE_LOCK)
+        known = _known(conn, facts.sop_instance_uid)
+        for row in known:
+            if row["sha256"] == stored.sha256:
+                return Receipt(row["scan_id"], _state(conn, row["scan_id"]), new=False, queued=False)
+        if known:
+            return _receive_version(conn, facts, stored, source_aet, known)
+        alarms = _alarms(conn, facts)
+        if _may_be_analysed(facts):
+            scan_id, queued = _receive_view(conn, facts, stored, source_aet, rules)
+        else:
+            scan_id, queued = _receive_kept(conn, facts, stored, source_aet, rules), False
+        for alarm in alarms:
+            history.append(conn, scan_id, alarm, detail=facts.sop_instance_uid)
+        return Receipt(scan_id, _state(conn, scan_id), new=True, queued=queued, alarms=alarms)
+
+
+def expire_views(engine: Engine) -> tuple[int, ...]:
+    """Queue the rows whose required views did not arrive in time; they yield a note. Returns their ids."""
+    with writing(engine) as conn:
+        late = conn.execute(
+            select(scan.c.id, scan.c.revision)
+            .where(scan.c.state == "receiving", scan.c.views_deadline <= now())
+            .order_by(scan.c.id)
+            .with_for_update(skip_locked=True)
+        ).all()
+        for row in late:
+            change(
+                conn,
+                Standing(row.id, "receiving", row.revision),
+                "queued",
+                "views_expired",
+                reason="view_missing",
+                intake_reason="view_missing",
+                views_deadline=None,
+            )
+        return tuple(row.id for row in late)
+
+
+def _may_be_analysed(facts: HeaderFacts) -> bool:
+    """Say whether an object is an acquisition, or part of one. A nuclear medicine image that cannot be read may be a
+    scan that somebody waits for, so it gets a row of its own and, if need be, a note."""
+    if facts.reason == "unreadable":
+        return facts.sop_class_uid == NM_IMAGE_STORAGE
+    return facts.reason in {None, "unknown_view", "ambiguous_views"}
+
+
+def _known(conn: Connection, sop_instance_uid: str) -> Sequence[RowMapping]:
+    return (
+        conn.execute(
+            select(instance).where(instance.c.sop_instance_uid == sop_instance_uid).order_by(instance.c.version)
+        )
+        .mappings()
+        .all()
+    )
+
+
+def _state(conn: Connection, scan_id: int) -> str:
+    return str(conn.scalar(select(scan.c.state).where(scan.c.id == scan_id)))
+
+
+def _hold(conn: Connection, scan_id: int) -> RowMapping:
+    """Lock a row and read it."""
+    return conn.execute(select(scan).where(scan.c.id == scan_id).with_for_update()).mappings().one()
+
+
+def _alarms(conn: Connection, facts: HeaderFacts) -> tuple[str, ...]:
+    """Another PatientID under a known StudyInstanceUID: told once for each patient, when the first object arrives."""
+    patients = {
+        row.patient_id
+        for row in conn.execute(
+            select(scan.c.patient_id)
+            .where(scan.c.study_instance_uid == facts.study_instance_uid, scan.c.patient_id.is_not(None))
+            .distinct()
+        )
+    }
+    return ("patient_differs_in_study",) if patients and facts.patient_id not in patients else ()
+
+
+def _receive_version(
+    conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, known: Sequence[RowMapping]
+) -> Receipt:
+    row = _hold(conn, known[0]["scan_id"])
+    version = known[-1]["version"] + 1
+    _insert_instance(conn, row["id"], facts, stored, source_aet, version=version, verdict="pending")
+    history.append(
+        conn,
+        row["id"],
+        "version_received",
+        revision=row["revision"],
+        detail=f"{facts.sop_instance_uid} version {version} sha256 {stored.sha256}",
+    )
+    return Receipt(row["id"], row["state"], new=True, queued=True, alarms=("version_received",))
+
+
+# --- objects that are never analysed ---------------------------------------------------------------------------------
+
+
+def _receive_kept(conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, rules: IntakeRules) -> int:
+    """Hang the object on the one declined row of its study and patient."""
+    row = conn.execute(
+        select(scan)
+        .where(
+            scan.c.kind == "kept",
+            scan.c.study_instance_uid == facts.study_instance_uid,
+            scan.c.patient_id == facts.patient_id,
+            scan.c.issuer_of_patient_id == facts.issuer_of_patient_id,
+        )
+        .with_for_update()
+    ).first()
+    if row is None:
+        scan_id = _create(
+            conn, "kept", facts, source_aet, "declined", 1, rules, outcome="declined", reason=facts.reason
+        )
+    else:
+        scan_id = row.id
+        # wrong_class says only "part of the study"; any other reason says more about why a scan has no finding.
+        reason = facts.reason if row.reason == "wrong_class" else row.reason
+        conn.execute(
+            update(scan)
+            .where(scan.c.id == scan_id)
+            .values(reason=reason, updated_at=now(), at_rest_since=now(), purged_at=None)
+        )
+    _insert_instance(conn, scan_id, facts, stored, source_aet)
+    _received(conn, scan_id, facts, stored, 1)
+    return int(scan_id)
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    sop_instance_uids: frozenset[str]
+    views: tuple[str, ...]
+    reason: str | None
+
+
+def _receive_view(
+    conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, rules: IntakeRules
+) -> tuple[int, bool]:
+    """Regroup the views of this patient and study with the new one among them; returns its row and whether any row
+    was queued."""
+    rows = {row["id"]: row for row in _cluster(conn, facts)}
+    members = _members(conn, rows)
+    cluster = [*(_facts_of(member, rows[member["scan_id"]]) for member in members), facts]
+    groups = _groups(cluster, rules)
+    held = {scan_id: frozenset(m["sop_instance_uid"] for m in members if m["scan_id"] == scan_id) for scan_id in rows}
+    keeps = _assign(groups, held)
+    by_uid = {one.sop_instance_uid: one for one in cluster}
+    row_of = {m["sop_instance_uid"]: int(m["scan_id"]) for m in members}
+
+    queued = False
+    home = 0
+    taken_by: dict[int, int] = {}
+    for one, kept_row in zip(groups, keeps, strict=True):
+        if kept_row is not None and held[kept_row] == one.sop_instance_uids:
+            continue
+        former = {row_of[uid] for uid in one.sop_instance_uids if uid in row_of}
+        # Above every revision that any of these views was part of: result UIDs are made from views and revision, so a
+        # set of views must never meet a revision twice, on whichever row.
+        revision = 1 + max((rows[scan_id]["revision"] for scan_id in former | ({kept_row} - {None})), default=0)
+        of_group = [by_uid[uid] for uid in sorted(one.sop_instance_uids)]
+        source = {row_of.get(uid) for uid in one.sop_instance_uids}
+        if kept_row is None:
+            scan_id = _create_acquisition(conn, one, of_group, facts, source_aet, rows, source, revision, rules)
+            standing = Standing(scan_id, "receiving", revision)
+        else:
+            standing = _revise(conn, rows[kept_row], one, of_group, revision, rules)
+        if facts.sop_instance_uid in one.sop_instance_uids:
+            home = standing.scan_id
+            _insert_instance(conn, home, facts, stored, source_aet)
+            _received(conn, home, facts, stored, revision)
+        _move(conn, one.sop_instance_uids, standing.scan_id)
+        for scan_id in former - {standing.scan_id}:
+            taken_by.setdefault(scan_id, standing.scan_id)
+        queued |= _settle_intake(conn, standing, one, rules)
+    for scan_id, row in rows.items():
+        if held[scan_id] and scan_id not in keeps:
+            _leave_empty(conn, row, taken_by[scan_id], rules)
+    return home, queued
+
+
+def _cluster(conn: Connection, facts: HeaderFacts) -> Sequence[RowMapping]:
+    return (
+        conn.execute(
+            select(scan)
+            .where(
+                scan.c.kind == "acquisition",
+                scan.c.study_instance_uid == facts.study_instance_uid,
+                scan.c.patient_id == facts.patient_id,
+                scan.c.issuer_of_patient_id == facts.issuer_of_patient_id,
+            )
+            .order_by(scan.c.id)
+            .with_for_update()
+        )
+        .mappings()
+        .all()
+    )
+
+
+def _members(conn: Connection, rows: Mapping[int, RowMapping]) -> Sequence[RowMapping]:
+    """The views that may still be joined. Purged ones may not: their pixels are gone, a late partner stands alone."""
+    return (
+        conn.execute(
+            select(instance)
+            .where(
+                instance.c.scan_id.in_(rows.keys()),
+                instance.c.candidate == 1,
+                instance.c.version == 1,
+                instance.c.purged_at.is_(None),
+            )
+            .order_by(instance.c.id)
+        )
+        .mappings()
+        .all()
+    )
+
+
+def _groups(cluster: Sequence[HeaderFacts], rules: IntakeRules) -> list[_Group]:
+    """Every object of the cluster in exactly one group; a header that cannot be placed is a group of its own."""
+    groups = [
+        _Group(frozenset({one.sop_instance_uid}), tuple(one.views), one.reason)
+        for one in cluster
+        if one.reason is not None
+    ]
+    groups += [
+        _Group(frozenset(one.sop_instance_uids), tuple(one.views), one.reason)
+        for one in group([one for one in cluster if one.reason is None], pair_window_s=rules.pair_window_s)
+    ]
+    return sorted(groups, key=lambda one: sorted(one.sop_instance_uids))
+
+
+def _assign(groups: Sequence[_Group], held: Mapping[int, frozenset[str]]) -> list[int | None]:
+    """For each group the existing row that goes on with it: the one sharing most views, ties to the lower id."""
+    shared = sorted(
+        (-len(one.sop_instance_uids & uids), scan_id, index)
+        for index, one in enumerate(groups)
+        for scan_id, uids in held.items()
+        if one.sop_instance_uids & uids
+    )
+    keeps: list[int | None] = [None] * len(groups)
+    for _, scan_id, index in shared:
+        if keeps[index] is None and scan_id not in keeps:
+            keeps[index] = scan_id
+    return keeps
+
+
+def _create_acquisition(
+    conn: Connection,
+    one: _Group,
+    of_group: Sequence[HeaderFacts],
+    facts: HeaderFacts,
+    source_aet: str,
+    rows: Mapping[int, RowMapping],
+    source: set[int | None],
+    revision: int,
+    rules: IntakeRules,
+) -> int:
+    """A new row; with the identity and sender of the new object, or of the row that its views came from."""
+    lead, aet = facts, source_aet
+    if facts.sop_instance_uid not in one.sop_instance_uids:
+        row = rows[min(scan_id for scan_id in source if scan_id is not None)]
+        lead, aet = of_group[0], row["source_aet"]
+    return _create(
+        conn,
+        "acquisition",
+        lead,
+        aet,
+        "receiving",
+        revision,
+        rules,
+        views=",".join(one.views),
+        acquired_at=_acquired_at(of_group, rules),
+    )
+
+
+def _revise(
+    conn: Connection, row: RowMapping, one: _Group, of_group: Sequence[HeaderFacts], revision: int, rules: IntakeRules
+) -> Standing:
+    """Open a revision: the lease is void, what was not sent is cancelled, what was sent stays as predecessor."""
+    cancel_deliveries(conn, row["id"], row["revision"])
+    return change(
+        conn,
+        Standing(row["id"], row["state"], row["revision"]),
+        "receiving",
+        "revised",
+        detail=f"views {','.join(one.views) or 'none'}; {len(one.sop_instance_uids)} objects",
+        **fresh(),
+        revision=revision,
+        intake_reason=None,
+        views=",".join(one.views),
+        acquired_at=_acquired_at(of_group, rules),
+    )
+
+
+def fresh() -> dict[str, Any]:
+    """The columns of a revision about which nothing is known yet."""
+    return {
+        "outcome": None,
+        "reason": None,
+        "finding": None,
+        "probability": None,
+        "model": None,
+        "attempts": 0,
+        "claims": 0,
+        "not_before": None,
+        "last_error": None,
+        "analysed_at": None,
+        "purged_at": None,
+    }
+
+
+def _settle_intake(conn: Connection, standing: Standing, one: _Group, rules: IntakeRules) -> bool:
+    """Queue a row that waits for nothing more; set the deadline of one that does."""
+    if identity_disputed(conn, standing.scan_id):
+        # Another view does not settle whose scan it is: the row goes back to the person who has to say.
+        change(
+            conn,
+            standing,
+            "failed",
+            "identity_changed",
+            outcome="failed",
+            reason="identity_changed",
+            views_deadline=None,
+        )
+        return False
+    if one.reason is None and not set(rules.require_views) <= set(one.views):
+        conn.execute(
+            update(scan).where(scan.c.id == standing.scan_id).values(views_deadline=now(rules.views_timeout_s))
+        )
+        return False
+    change(
+        conn,
+        standing,
+        "queued",
+        "complete",
+        detail=one.reason or "",
+        reason=one.reason,
+        intake_reason=one.reason,
+        views_deadline=None,
+    )
+    return True
+
+
+def _move(conn: Connection, sop_instance_uids: frozenset[str], scan_id: int) -> None:
+    """Every version of an object goes where its first goes."""
+    conn.execute(
+        update(instance)
+        .where(instance.c.sop_instance_uid.in_(sop_instance_uids), instance.c.scan_id != scan_id)
+        .values(scan_id=scan_id)
+    )
+
+
+def _leave_empty(conn: Connection, row: RowMapping, taken_by: int, rules: IntakeRules) -> None:
+    """A row whose views all went elsewhere comes to rest; what it has sent becomes the other row's predecessor."""
+    empty = _revise(conn, row, _Group(frozenset(), (), None), (), row["revision"] + 1, rules)
+    change(
+        conn,
+        empty,
+        "declined",
+        "views_taken",
+        detail=f"scan {taken_by} has them now",
+        outcome="declined",
+        reason="ambiguous_views",
+        intake_reason="ambiguous_views",
+        views_deadline=None,
+    )
+    conn.execute(
+        update(result)
+        .where((result.c.scan_id == row["id"]) | (result.c.successor_scan_id == row["id"]))
+        .values(successor_scan_id=taken_by)
+    )
+
+
+def identity_disputed(conn: Connection, scan_id: int) -> bool:
+    """Say whether an image of this row also arrived with another identity."""
+    return (
+        conn.execute(
+            select(instance.c.id)
+            .where(instance.c.scan_id == scan_id, instance.c.verdict == "identity_changed", instance.c.candidate == 1)
+            .limit(1)
+        ).first()
+        is not None
+    )
+
+
+def cancel_deliveries(conn: Connection, scan_id: int, revision: int) -> None:
+    """Cancel what was not sent yet. One that is under way may still arrive; its record then says so."""
+    cancelled = conn.execute(
+        update(delivery)
+        .where(delivery.c.scan_id == scan_id, delivery.c.state == "pending")
+        .values(state="cancelled", updated_at=now())
+    )
+    if cancelled.rowcount:
+        history.append(conn, scan_id, "cancelled", revision=revision, detail=f"{cancelled.rowcount} deliveries")
+
+
+# --- writing rows -----------------------------------------------------------------------------------------------------
+
+
+def _create(
+    conn: Connection,
+    kind: str,
+    facts: HeaderFacts,
+    source_aet: str,
+    state: str,
+    revision: int,
+    rules: IntakeRules,
+    **values: Any,
+) -> int:
+    row = {
+        "views": "",
+        "acquired_at": _acquired_at((facts,), rules),
+        "at_rest_since": now() if state in REST else None,
+    } | values
+    scan_id = conn.execute(
+        insert(scan)
+        .values(
+            kind=kind,
+            patient_id=facts.patient_id,
+            issuer_of_patient_id=facts.issuer_of_patient_id,
+            patient_name=facts.patient_name,
+            accession_number=facts.accession_number,
+            study_instance_uid=facts.study_instance_uid,
+            source_aet=source_aet,
+            received_at=now(),
+            updated_at=now(),
+            state=state,
+            revision=revision,
+            attempts=0,
+            claims=0,
+            lease_counter=0,
+            **row,
+        )
+        .returning(scan.c.id)
+    ).scalar_one()
+    history.append(
+        conn,
+        scan_id,
+        "revised" if revision > 1 else "received",
+        revision=revision,
+        from_state=NEW,
+        to_state=state,
+        detail=str(values.get("reason") or ""),
+    )
+    return int(scan_id)
+
+
+def _insert_instance(
+    conn: Connection,
+    scan_id: int,
+    facts: HeaderFacts,
+    stored: Stored,
+    source_aet: str,
+    *,
+    version: int = 1,
+    verdict: str | None = None,
+) -> None:
+    conn.execute(
+        insert(instance).values(
+            scan_id=scan_id,
+            sop_class_uid=facts.sop_class_uid,
+            sop_instance_uid=facts.sop_instance_uid,
+            study_instance_uid=facts.study_instance_uid,
+            series_instance_uid=facts.series_instance_uid,
+            transfer_syntax_uid=stored.transfer_syntax_uid,
+            sha256=stored.sha256,
+            size_bytes=stored.size_bytes,
+            spool_name=stored.spool_name,
+            facts=_facts_json(facts),
+            candidate=int(_may_be_analysed(facts)),
+            reason=facts.reason,
+            version=version,
+            verdict=verdict,
+            source_aet=source_aet,
+            received_at=now(),
+        )
+    )
+
+
+def _received(conn: Connection, scan_id: int, facts: HeaderFacts, stored: Stored, revision: int) -> None:
+    detail = f"{facts.sop_instance_uid} sha256 {stored.sha256}"
+    history.append(conn, scan_id, "received", revision=revision, detail=detail)
+
+
+# --- facts as they are kept -------------------------------------------------------------------------------------------
+
+
+def _clean(text: str) -> str:
+    """Text that both databases take: PostgreSQL refuses NUL, both refuse halves of surrogate pairs."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _storable(facts: HeaderFacts) -> HeaderFacts:
+    return replace(
+        facts,
+        study_instance_uid=_clean(facts.study_instance_uid),
+        series_instance_uid=_clean(facts.series_instance_uid),
+        patient_id=_clean(facts.patient_id),
+        issuer_of_patient_id=_clean(facts.issuer_of_patient_id),
+        patient_name=_clean(facts.patient_name),
+        accession_number=_clean(facts.accession_number),
+        timezone_offset_from_utc=_clean(facts.timezone_offset_from_utc),
+    )
+
+
+def _facts_json(facts: HeaderFacts) -> str:
+    """What `group` needs beside the identity, which stands on the row and leaves with `forget`."""
+    return json.dumps(
+        {
+            "acquired_at": facts.acquired_at.isoformat() if facts.acquired_at else None,
+            "timezone_offset_from_utc": facts.timezone_offset_from_utc,
+            "rows": facts.rows,
+            "columns": facts.columns,
+            "number_of_frames": facts.number_of_frames,
+            "spacing_mm": facts.spacing_mm,
+            "energy_window_kev": facts.energy_window_kev,
+            "frames": [{"view": frame.view, "frame_number": frame.frame_number} for frame in facts.frames],
+            "ours": facts.ours,
+        }
+    )
+
+
+def _facts_of(member: RowMapping, row: RowMapping) -> HeaderFacts:
+    kept = json.loads(member["facts"])
+    return HeaderFacts(
+        sop_class_uid=member["sop_class_uid"],
+        sop_instance_uid=member["sop_instance_uid"],
+        study_instance_uid=member["study_instance_uid"],
+        series_instance_uid=member["series_instance_uid"],
+        patient_id=row["patient_id"],
+        issuer_of_patient_id=row["issuer_of_patient_id"],
+        patient_name=row["patient_name"],
+        accession_number=row["accession_number"],
+        acquired_at=datetime.fromisoformat(kept["acquired_at"]) if kept["acquired_at"] else None,
+        timezone_offset_from_utc=kept["timezone_offset_from_utc"],
+        rows=kept["rows"],
+        columns=kept["columns"],
+        number_of_frames=kept["number_of_frames"],
+        spacing_mm=_pair(kept["spacing_mm"]),
+        energy_window_kev=_pair(kept["energy_window_kev"]),
+        frames=tuple(FrameFacts(**frame) for frame in kept["frames"]),
+        reason=member["reason"],
+        ours=kept["ours"],
+    )
+
+
+def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (values[0], values[1])
+
+
+def _acquired_at(of_group: Sequence[HeaderFacts], rules: IntakeRules) -> str | None:
+    """The earliest acquisition time in UTC: by the header's own offset (PS3.3 C.12.1.1.8), else by the node's zone."""
+    times = []
+    for one in of_group:
+        if one.acquired_at is None:
+            continue
+        offset = _offset(one.timezone_offset_from_utc) or rules.timezone
+        try:
+            times.append(text_of(one.acquired_at.replace(tzinfo=offset).astimezone()))
+        except (OverflowError, ValueError, OSError):
+            # A camera's clock may say the year 1; a time that cannot be told in UTC is shown as none.
+            continue
+    return min(times, default=None)
+
+
+def _offset(text: str) -> tzinfo | None:
+    """TimezoneOffsetFromUTC (0008,0201), "+HHMM"; None where absent or no offset."""
+    if len(text) != 5 or text[0] not in "+-" or not text[1:].isascii() or not text[1:].isdigit():
+        return None
+    offset = timedelta(hours=int(text[1:3]), minutes=int(text[3:5]))
+    if offset > timedelta(hours=14):
+        return None
+    return timezone(-offset if text[0] == "-" else offset)

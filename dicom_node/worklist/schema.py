@@ -1,0 +1,49 @@
+"""Bringing a database to this version's tables, by Alembic, in one transaction.
+
+An upgrade either happens as a whole or not at all, and two processes that start together wait for each other. A
+database of a newer version is left alone.
+"""
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Engine
+
+from dicom_node.worklist.engine import SCHEMA_LOCK, WorklistFault, lock, reading, writing
+
+
+def upgrade(engine: Engine) -> None:
+    """Make the tables, or bring them up to date; does nothing where they are.
+
+    Raises
+    ------
+    WorklistFault: the database was written by a newer version.
+    DatabaseUnavailable: it cannot be reached or is locked; nothing was changed.
+    """
+    config = _config()
+    with writing(engine) as conn:
+        lock(conn, SCHEMA_LOCK)
+        config.attributes["connection"] = conn
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            raise WorklistFault(
+                f"the worklist's database cannot be brought to this version: {error}",
+                hint="was it written by a newer version? then run that version; otherwise restore a backup",
+            ) from error
+
+
+def schema_is_current(engine: Engine) -> bool:
+    """Say whether the database has exactly this version's tables."""
+    heads = ScriptDirectory.from_config(_config()).get_heads()
+    with reading(engine) as conn:
+        return set(MigrationContext.configure(conn).get_current_heads()) == set(heads)
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "dicom_node.worklist:migrations")
+    config.set_main_option("path_separator", "os")
+    return config

@@ -1,0 +1,194 @@
+"""Retention, forgetting, reconciling with the spool, and checking that the database is sound.
+
+Purging removes bytes, never facts: UIDs and digests stay, so that a resend is recognised. A row that waits, is analysed
+or sends is never purged, and the order is: mark here first, remove the bytes after. Then a row that is retried at that
+moment is either not marked or not retried; a crash in between leaves bytes that nobody names: reconciling finds them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import Connection, Engine, RowMapping, or_, select, text, update
+
+from dicom_node.worklist import history
+from dicom_node.worklist.clock import now, read_clock, seconds_between
+from dicom_node.worklist.engine import reading, writing
+from dicom_node.worklist.schema import schema_is_current
+from dicom_node.worklist.states import REST
+from dicom_node.worklist.tables import instance, result, scan
+
+NOT_OURS_DAYS = 2
+"""Days for rows that are at rest without any result: not a scan we answer."""
+
+DISPUTED_DAYS = 90
+"""Days for failed rows and for quarantined bytes: a person may have to look at them."""
+
+_DAY_S = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeableFile:
+    """Bytes whose retention is over. `kind` says where `file_name` is: "instance" in the spool, or "result"."""
+
+    kind: Literal["instance", "result"]
+    id: int
+    scan_id: int
+    file_name: str
+    sha256: str
+
+
+def purgeable(engine: Engine, retention_days: float) -> tuple[PurgeableFile, ...]:
+    """Files of rows that have been at rest long enough, oldest first.
+
+    `retention_days` is for findings and notes that were delivered; `NOT_OURS_DAYS` and `DISPUTED_DAYS` for the rest.
+    """
+    with reading(engine) as conn:
+        clock = read_clock(conn)
+        at_rest = (
+            conn.execute(
+                select(scan)
+                .where(scan.c.state.in_(REST), scan.c.purged_at.is_(None), scan.c.at_rest_since.is_not(None))
+                .order_by(scan.c.at_rest_since, scan.c.id)
+            )
+            .mappings()
+            .all()
+        )
+        files: list[PurgeableFile] = []
+        for row in at_rest:
+            days = seconds_between(row["at_rest_since"], clock) / _DAY_S
+            if days >= min(retention_days, NOT_OURS_DAYS):
+                files += [one for one, keep_days in _files(conn, row, retention_days) if days >= keep_days]
+        return tuple(files)
+
+
+def _files(conn: Connection, row: RowMapping, retention_days: float) -> list[tuple[PurgeableFile, float]]:
+    """The files that a row still has, each with the days that it is kept."""
+    results = conn.execute(select(result).where(result.c.scan_id == row["id"]).order_by(result.c.id)).mappings().all()
+    if row["state"] in {"failed", "recalled"}:
+        keep_days: float = max(DISPUTED_DAYS, retention_days)
+    elif results:
+        keep_days = retention_days
+    else:
+        keep_days = min(NOT_OURS_DAYS, retention_days)
+    found: list[tuple[PurgeableFile, float]] = []
+    for one in conn.execute(
+        select(instance).where(instance.c.scan_id == row["id"], instance.c.purged_at.is_(None)).order_by(instance.c.id)
+    ).mappings():
+        quarantined = one["verdict"] in {"pending", "identity_changed", "other_pixels"}
+        file = PurgeableFile("instance", one["id"], row["id"], one["spool_name"], one["sha256"])
+        found.append((file, max(DISPUTED_DAYS, keep_days) if quarantined else keep_days))
+    found += [
+        (PurgeableFile("result", one["id"], row["id"], one["file_name"], one["sha256"]), keep_days)
+        for one in results
+        if one["purged_at"] is None
+    ]
+    return found
+
+
+def mark_purged(engine: Engine, file: PurgeableFile) -> bool:
+    """Write down that a file is about to be removed; remove it only when this says True. False: its row has been taken
+    up again, or another has marked it."""
+    files = instance if file.kind == "instance" else result
+    with writing(engine) as conn:
+        row = conn.execute(select(scan).where(scan.c.id == file.scan_id).with_for_update()).mappings().first()
+        if row is None or row["state"] not in REST:
+            return False
+        marked = conn.execute(
+            update(files)
+            .where(files.c.id == file.id, files.c.scan_id == file.scan_id, files.c.purged_at.is_(None))
+            .values(purged_at=now())
+        )
+        if marked.rowcount != 1:
+            return False
+        detail = f"{file.kind} sha256 {file.sha256}"
+        history.append(conn, file.scan_id, "purged", revision=row["revision"], detail=detail)
+        if not _files(conn, row, 0.0):
+            conn.execute(update(scan).where(scan.c.id == file.scan_id).values(purged_at=now()))
+        return True
+
+
+def forget(engine: Engine, days: float) -> int:
+    """Empty the identity columns of rows at rest for so long whose bytes are gone; returns how many. UIDs, digests and
+    history stay: they hold no identity."""
+    with writing(engine) as conn:
+        old = (
+            conn.execute(
+                select(scan.c.id, scan.c.revision)
+                .where(
+                    scan.c.state.in_(REST),
+                    scan.c.purged_at.is_not(None),
+                    scan.c.forgotten_at.is_(None),
+                    scan.c.at_rest_since <= now(-days * _DAY_S),
+                )
+                .order_by(scan.c.id)
+                .with_for_update(skip_locked=True)
+            )
+        ).all()
+        for row in old:
+            conn.execute(
+                update(scan)
+                .where(scan.c.id == row.id)
+                .values(
+                    patient_id=None,
+                    issuer_of_patient_id=None,
+                    patient_name=None,
+                    accession_number=None,
+                    forgotten_at=now(),
+                )
+            )
+            history.append(conn, row.id, "forgotten", revision=row.revision)
+        return len(old)
+
+
+def known_spool_names(engine: Engine) -> frozenset[str]:
+    """Names of all received objects whose bytes must be in the spool."""
+    with reading(engine) as conn:
+        return frozenset(conn.execute(select(instance.c.spool_name).where(instance.c.purged_at.is_(None))).scalars())
+
+
+def known_result_names(engine: Engine) -> frozenset[str]:
+    """Names of all result objects whose bytes must be on the disk."""
+    with reading(engine) as conn:
+        return frozenset(conn.execute(select(result.c.file_name).where(result.c.purged_at.is_(None))).scalars())
+
+
+def instance_by_digest(engine: Engine, sop_instance_uid: str, sha256: str) -> int | None:
+    """The id of the row that owns these bytes; None when they were never entered."""
+    with reading(engine) as conn:
+        return conn.scalar(
+            select(instance.c.scan_id).where(
+                instance.c.sop_instance_uid == sop_instance_uid, instance.c.sha256 == sha256
+            )
+        )
+
+
+def check(engine: Engine) -> tuple[str, ...]:
+    """Faults of the database, one sentence each; empty when it is sound."""
+    if not schema_is_current(engine):
+        return ("the tables are not those of this version: run `remnant db upgrade`",)
+    faults: list[str] = []
+    with reading(engine) as conn:
+        if conn.dialect.name == "sqlite":
+            faults += [f"SQLite: {said}" for said in conn.scalars(text("PRAGMA quick_check")) if said != "ok"]
+            broken = conn.execute(text("PRAGMA foreign_key_check")).all()
+            faults += [f"a line of {one[0]} refers to one of {one[2]} that is not there" for one in broken]
+        faults += [
+            f"scan {scan_id} waits for a view without a deadline"
+            for scan_id in conn.scalars(
+                select(scan.c.id).where(scan.c.state == "receiving", scan.c.views_deadline.is_(None))
+            )
+        ]
+        faults += [
+            f"scan {scan_id} is at rest without the time since when"
+            for scan_id in conn.scalars(select(scan.c.id).where(scan.c.state.in_(REST), scan.c.at_rest_since.is_(None)))
+        ]
+        faults += [
+            f"scan {scan_id} has an identity that was to be forgotten"
+            for scan_id in conn.scalars(
+                select(scan.c.id).where(
+                    scan.c.forgotten_at.is_not(None),
+                    or_(scan.c.patient_id.is_not(None), scan.c.patient_name.is_not(None)),
+                )
+            )
+        ]
+    return (*faults, *history.verify_events(engine))

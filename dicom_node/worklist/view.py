@@ -1,0 +1,134 @@
+"""Reading the worklist: what the commands and the status page show. Nothing here changes anything.
+
+`rows` gives the columns of the view `worklist`, which is a contract with other people's scripts; the JSON columns come
+as Python values. Everything is fetched before a function returns, so that no reader holds a transaction open.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine, RowMapping, column, func, select, table
+
+from dicom_node.worklist.engine import reading
+from dicom_node.worklist.states import STATES, TransitionRefused
+from dicom_node.worklist.tables import VIEW_COLUMNS, delivery, instance, result, scan
+
+_view = table("worklist", *(column(name) for name in VIEW_COLUMNS))
+
+_INSTANCE_COLUMNS = (
+    "id",
+    "sop_class_uid",
+    "sop_instance_uid",
+    "series_instance_uid",
+    "transfer_syntax_uid",
+    "sha256",
+    "size_bytes",
+    "spool_name",
+    "reason",
+    "version",
+    "verdict",
+    "source_aet",
+    "received_at",
+    "purged_at",
+)
+_RESULT_COLUMNS = (
+    "id",
+    "revision",
+    "kind",
+    "variant",
+    "sop_class_uid",
+    "sop_instance_uid",
+    "series_instance_uid",
+    "sha256",
+    "file_name",
+    "created_at",
+    "purged_at",
+)
+_DELIVERY_COLUMNS = (
+    "id",
+    "result_id",
+    "destination",
+    "state",
+    "attempts",
+    "not_before",
+    "last_status",
+    "last_error",
+    "first_tried_at",
+    "updated_at",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Everything about one row: its line of the view, what was received, made and sent, oldest first."""
+
+    row: dict[str, Any]
+    instances: tuple[dict[str, Any], ...]
+    results: tuple[dict[str, Any], ...]
+    deliveries: tuple[dict[str, Any], ...]
+
+
+def rows(
+    engine: Engine, *, state: str | None = None, limit: int = 100, after: int | None = None
+) -> list[dict[str, Any]]:
+    """Lines of the view in the order of their ids: the newest `limit`, or the first `limit` above the id `after`."""
+    wanted = select(_view)
+    if state is not None:
+        wanted = wanted.where(_view.c.state == state)
+    if after is None:
+        wanted = wanted.order_by(_view.c.id.desc())
+    else:
+        wanted = wanted.where(_view.c.id > after).order_by(_view.c.id)
+    with reading(engine) as conn:
+        found = [_line(one) for one in conn.execute(wanted.limit(limit)).mappings()]
+    return found[::-1] if after is None else found
+
+
+def row(engine: Engine, scan_id: int) -> dict[str, Any]:
+    """One line of the view.
+
+    Raises
+    ------
+    TransitionRefused: there is no such row.
+    """
+    with reading(engine) as conn:
+        found = conn.execute(select(_view).where(_view.c.id == scan_id)).mappings().first()
+    if found is None:
+        raise TransitionRefused(f"there is no scan {scan_id}", hint="see `remnant worklist list`")
+    return _line(found)
+
+
+def details(engine: Engine, scan_id: int) -> Details:
+    """One line of the view and all that hangs on it; raises as `row`."""
+    line = row(engine, scan_id)
+    with reading(engine) as conn:
+        parts = [
+            tuple(
+                dict(one)
+                for one in conn.execute(
+                    select(*(source.c[name] for name in names)).where(source.c.scan_id == scan_id).order_by(source.c.id)
+                ).mappings()
+            )
+            for source, names in (
+                (instance, _INSTANCE_COLUMNS),
+                (result, _RESULT_COLUMNS),
+                (delivery, _DELIVERY_COLUMNS),
+            )
+        ]
+    return Details(line, *parts)
+
+
+def counts_by_state(engine: Engine) -> dict[str, int]:
+    """How many rows are in each state; every state is named, also with 0."""
+    with reading(engine) as conn:
+        grouped = conn.execute(select(scan.c.state, func.count().label("held")).group_by(scan.c.state))
+        counted: dict[str, int] = {one.state: one.held for one in grouped}
+    return {state: counted.get(state, 0) for state in STATES}
+
+
+def _line(one: RowMapping) -> dict[str, Any]:
+    line = dict(one)
+    line["results"] = json.loads(line["results"])
+    line["delivered_to"] = json.loads(line["delivered_to"])
+    return line
