@@ -51,8 +51,8 @@ class AcceptedClass:
 
 
 @dataclass(frozen=True, slots=True)
-class Syntax:
-    """A transfer syntax (PS3.5 section 10 and annex A)."""
+class Registered:
+    """A transfer syntax or a SOP class as PS3.6 annex A registers it."""
 
     uid: str
     name: str
@@ -63,8 +63,8 @@ def _accepted(uid: str, purpose: Literal["analysed", "kept"]) -> AcceptedClass:
     return AcceptedClass(uid=uid, name=UID(uid).name, keyword=UID(uid).keyword, purpose=purpose)
 
 
-def _syntax(uid: str) -> Syntax:
-    return Syntax(uid=uid, name=UID(uid).name, keyword=UID(uid).keyword)
+def _named(uid: str) -> Registered:
+    return Registered(uid=uid, name=UID(uid).name, keyword=UID(uid).keyword)
 
 
 ACCEPTED_CLASSES: tuple[AcceptedClass, ...] = (
@@ -88,18 +88,24 @@ ACCEPTED_CLASSES: tuple[AcceptedClass, ...] = (
     _accepted("1.2.840.10008.5.1.4.1.1.66.4", "kept"),  # Segmentation
 )
 
+# What we send, by the name of the result in a destination's `results`.
+RESULT_CLASSES: dict[Literal["sr", "sc"], Registered] = {
+    "sr": _named("1.2.840.10008.5.1.4.1.1.88.34"),  # Comprehensive 3D SR
+    "sc": _named("1.2.840.10008.5.1.4.1.1.7"),  # Secondary Capture, single frame
+}
+
 # Implicit VR Little Endian is the one syntax nobody may refuse (PS3.5 section 10.1). Explicit comes first: where a peer
 # lists both in one context we take the one that keeps the value representations of private elements.
-DEFAULT_SYNTAXES: tuple[Syntax, ...] = (_syntax(ExplicitVRLittleEndian), _syntax(ImplicitVRLittleEndian))
+DEFAULT_SYNTAXES: tuple[Registered, ...] = (_named(ExplicitVRLittleEndian), _named(ImplicitVRLittleEndian))
 
 # Only by setting: decoded in the worker, never in the receiver.
-OPTIONAL_SYNTAXES: tuple[Syntax, ...] = (
-    _syntax(ExplicitVRBigEndian),
-    _syntax(DeflatedExplicitVRLittleEndian),
-    _syntax(RLELossless),
-    _syntax(JPEGLosslessSV1),
-    _syntax(JPEGLSLossless),
-    _syntax(JPEG2000Lossless),
+OPTIONAL_SYNTAXES: tuple[Registered, ...] = (
+    _named(ExplicitVRBigEndian),
+    _named(DeflatedExplicitVRLittleEndian),
+    _named(RLELossless),
+    _named(JPEGLosslessSV1),
+    _named(JPEGLSLossless),
+    _named(JPEG2000Lossless),
 )
 
 _DICOM_ROOT = "1.2.840.10008."  # every UID of the standard itself; all others are a manufacturer's
@@ -122,7 +128,7 @@ def resolve_classes(extra_classes: Sequence[str]) -> tuple[AcceptedClass, ...]:
     return tuple(by_uid.values())
 
 
-def resolve_syntaxes(extra_syntaxes: Sequence[str]) -> tuple[Syntax, ...]:
+def resolve_syntaxes(extra_syntaxes: Sequence[str]) -> tuple[Registered, ...]:
     """Return the syntaxes the receiver takes: the default two and `extra_syntaxes` (keyword or UID of an optional one).
 
     Raises
