@@ -18,7 +18,7 @@ from dicom_node.worklist.deliveries import (
 )
 from dicom_node.worklist.engine import DatabaseUnavailable, WorklistFault, open_worklist
 from dicom_node.worklist.guard import Lease
-from dicom_node.worklist.history import EVENTS, Event, changes_since, events, record_event, verify_events
+from dicom_node.worklist.history import EVENTS, Event, changes_since, events, last_event_id, record_event, verify_events
 from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive
 from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
@@ -33,7 +33,7 @@ from dicom_node.worklist.upkeep import (
     mark_purged,
     purgeable,
 )
-from dicom_node.worklist.view import Details, counts_by_state, details, row, rows
+from dicom_node.worklist.view import counts_by_state, details, row, rows
 from dicom_node.worklist.work import (
     Claim,
     ClaimedInstance,
@@ -63,7 +63,6 @@ __all__ = [
     "Claim",
     "ClaimedInstance",
     "DatabaseUnavailable",
-    "Details",
     "DueDelivery",
     "Event",
     "IntakeRules",
@@ -94,6 +93,7 @@ __all__ = [
     "judge_version",
     "known_result_names",
     "known_spool_names",
+    "last_event_id",
     "mark_purged",
     "next_delivery_in_s",
     "next_work_in_s",

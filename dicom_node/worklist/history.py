@@ -135,13 +135,19 @@ def changes_since(engine: Engine, event_id: int, *, limit: int = 1000) -> tuple[
         return tuple(_event(row) for row in found)
 
 
-def verify_events(engine: Engine) -> tuple[str, ...]:
-    """Faults in the chains of the history, one sentence each; empty when every chain holds."""
+def last_event_id(engine: Engine) -> int:
+    """The id of the newest event, 0 where there is none."""
     with reading(engine) as conn:
-        found = conn.execute(
-            select(event_table).order_by(func.coalesce(event_table.c.scan_id, 0), event_table.c.sequence)
-        ).mappings()
-        return tuple(_faults(_event(row) for row in found))
+        return conn.scalar(select(func.max(event_table.c.id))) or 0
+
+
+def verify_events(engine: Engine, scan_id: int | None = None) -> tuple[str, ...]:
+    """Faults in the chain of one row's history, or of every history; one sentence each, empty when they hold."""
+    wanted = select(event_table).order_by(func.coalesce(event_table.c.scan_id, 0), event_table.c.sequence)
+    if scan_id is not None:
+        wanted = wanted.where(event_table.c.scan_id == scan_id)
+    with reading(engine) as conn:
+        return tuple(_faults(_event(row) for row in conn.execute(wanted).mappings()))
 
 
 def _faults(history: Iterator[Event]) -> Iterator[str]:

@@ -5,7 +5,6 @@ as Python values. Everything is fetched before a function returns, so that no re
 """
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Engine, RowMapping, column, func, select, table
@@ -59,20 +58,10 @@ _DELIVERY_COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Details:
-    """Everything about one row: its line of the view, what was received, made and sent, oldest first."""
-
-    row: dict[str, Any]
-    instances: tuple[dict[str, Any], ...]
-    results: tuple[dict[str, Any], ...]
-    deliveries: tuple[dict[str, Any], ...]
-
-
 def rows(
     engine: Engine, *, state: str | None = None, limit: int = 100, after: int | None = None
 ) -> list[dict[str, Any]]:
-    """Lines of the view in the order of their ids: the newest `limit`, or the first `limit` above the id `after`."""
+    """Lines of the view: the newest `limit`, newest first; or the first `limit` above the id `after`, in order."""
     wanted = select(_view)
     if state is not None:
         wanted = wanted.where(_view.c.state == state)
@@ -81,8 +70,7 @@ def rows(
     else:
         wanted = wanted.where(_view.c.id > after).order_by(_view.c.id)
     with reading(engine) as conn:
-        found = [_line(one) for one in conn.execute(wanted.limit(limit)).mappings()]
-    return found[::-1] if after is None else found
+        return [_line(one) for one in conn.execute(wanted.limit(limit)).mappings()]
 
 
 def row(engine: Engine, scan_id: int) -> dict[str, Any]:
@@ -99,24 +87,23 @@ def row(engine: Engine, scan_id: int) -> dict[str, Any]:
     return _line(found)
 
 
-def details(engine: Engine, scan_id: int) -> Details:
-    """One line of the view and all that hangs on it; raises as `row`."""
-    line = row(engine, scan_id)
+def details(engine: Engine, scan_id: int) -> dict[str, list[dict[str, Any]]]:
+    """What hangs on a row: `instances` (received), `results` (made), `deliveries` (sent, with the SOP Instance UID of
+    the result), each oldest first, all revisions. Empty lists for a row that is not there."""
+    received = select(*(instance.c[name] for name in _INSTANCE_COLUMNS))
+    made = select(*(result.c[name] for name in _RESULT_COLUMNS))
+    sent = select(*(delivery.c[name] for name in _DELIVERY_COLUMNS), result.c.sop_instance_uid, result.c.revision).join(
+        result, result.c.id == delivery.c.result_id
+    )
+    parts = {"instances": (received, instance), "results": (made, result), "deliveries": (sent, delivery)}
     with reading(engine) as conn:
-        parts = [
-            tuple(
+        return {
+            part: [
                 dict(one)
-                for one in conn.execute(
-                    select(*(source.c[name] for name in names)).where(source.c.scan_id == scan_id).order_by(source.c.id)
-                ).mappings()
-            )
-            for source, names in (
-                (instance, _INSTANCE_COLUMNS),
-                (result, _RESULT_COLUMNS),
-                (delivery, _DELIVERY_COLUMNS),
-            )
-        ]
-    return Details(line, *parts)
+                for one in conn.execute(wanted.where(source.c.scan_id == scan_id).order_by(source.c.id)).mappings()
+            ]
+            for part, (wanted, source) in parts.items()
+        }
 
 
 def counts_by_state(engine: Engine) -> dict[str, int]:
