@@ -1,0 +1,230 @@
+"""Training and fine-tuning of the two-class networks (paper, section 3.2), on arrays: no DICOM.
+
+Adam with weight decay 1e-5, cross-entropy over softmax, batches drawn by a WeightedRandomSampler so that both classes
+come alike. The same settings, data and machine give the same weights: every draw of an epoch comes from a generator
+seeded with (seed, epoch), which also makes a run resumable at each epoch. The only files are checkpoints;
+one of other settings is refused, never continued. On the CPU the passes run in bfloat16, channels last (2.4 times as
+fast here as float32).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import WeightedRandomSampler
+
+from models.architectures import build
+
+WEIGHT_DECAY: Final = 1e-5
+
+
+class TrainingError(Exception):
+    """The training cannot run or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """How to train.
+
+    Attributes
+    ----------
+    stages: (epochs, edge) in sequence: pictures are averaged down to `edge` pixels in the early stages, which costs a
+        quarter at half the edge. The last stage's edge is what the network will judge at.
+    learning_rate: at the start; it falls to 1 % of it along half a cosine. 1e-5 suits pre-trained weights only.
+    flip, shift: augmentation: mirror left-right with chance one half; move by up to `shift` pixels of 224.
+    """
+
+    architecture: str = "resnet18"
+    stages: tuple[tuple[int, int], ...] = ((10, 224),)
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    seed: int = 131
+    flip: bool = True
+    shift: int = 8
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def epochs(self) -> int:
+        return sum(count for count, _ in self.stages)
+
+    def edge(self, epoch: int) -> int:
+        """Edge of the pictures in an epoch, 0-based."""
+        for count, edge in self.stages:
+            if epoch < count:
+                return edge
+            epoch -= count
+        raise ValueError("there are not that many epochs")
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReport:
+    """After an epoch (1-based): mean training loss, learning rate at its end."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    learning_rate: float
+
+
+def train(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    settings: TrainingSettings,
+    *,
+    checkpoint: Path | None = None,
+    initial: dict[str, torch.Tensor] | None = None,
+    after_epoch: Callable[[EpochReport, nn.Module], None] | None = None,
+) -> nn.Module:
+    """Train on images (N, 3, 224, 224) or (N, 1, 224, 224) uint8 (may be memory-mapped) and labels (N,) in {0, 1}.
+
+    `initial`: weights to start from instead of random ones (fine-tuning), with a head of two classes.
+    `checkpoint`: a file written after every epoch, and continued from where it exists.
+    Returns the network in eval mode, float32. Raises `TrainingError` for data that cannot be trained on, a loss that is
+    no number, and a checkpoint that belongs to other settings or data.
+    """
+    _check(images, labels)
+    torch.manual_seed(settings.seed)
+    network = build(settings.architecture)
+    if initial is not None:
+        network.load_state_dict(initial)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
+    identity = _identity(images, labels, settings, initial)
+    done = _resume(checkpoint, identity, network, optimizer)
+    for epoch in range(done, settings.epochs):
+        loss = _epoch(network, optimizer, images, labels, settings, epoch)
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss of epoch {epoch + 1} is not a number; lower the learning rate")
+        if checkpoint is not None:
+            _keep(checkpoint, identity, network, optimizer, epoch + 1)
+        if after_epoch is not None:
+            report = EpochReport(epoch + 1, settings.epochs, loss, float(optimizer.param_groups[0]["lr"]))
+            after_epoch(report, network.eval())
+    return network.eval()
+
+
+def logits(
+    network: nn.Module,
+    images: NDArray[np.uint8],
+    settings: TrainingSettings,
+    *,
+    batch_size: int = 32,
+    bfloat16: bool = False,
+) -> NDArray[np.float32]:
+    """Evidence for class 1: logit 1 - logit 0 of each image (N, 3 or 1, 224, 224), shape (N,), float32."""
+    found = []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        for start in range(0, len(images), batch_size):
+            batch = _standardized(np.asarray(images[start : start + batch_size]), settings)
+            output = network(batch).float()
+            found.append((output[:, 1] - output[:, 0]).numpy())
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+def _check(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != np.uint8:
+        raise TrainingError(f"images of shape {images.shape}, {images.dtype}; needed are (N, 3 or 1, H, W), uint8")
+    if labels.shape != (len(images),) or not np.isin(labels, (0, 1)).all():
+        raise TrainingError("labels must be 0 or 1, one for each image")
+    if labels.min(initial=1) == labels.max(initial=0):
+        raise TrainingError("training needs images of both classes")
+
+
+def _epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    settings: TrainingSettings,
+    epoch: int,
+) -> float:
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+    share = labels.mean()
+    weights = np.where(labels == 1, 1 / share, 1 / (1 - share)).tolist()
+    order = list(WeightedRandomSampler(weights, len(labels), replacement=True, generator=generator))
+    edge, size = settings.edge(epoch), settings.batch_size
+    starts = range(0, len(order) - size + 1, size) or range(1)  # batch normalisation wants no rest of one picture
+    network.train()
+    total = 0.0
+    for step, start in enumerate(starts):
+        progress = (epoch + step / len(starts)) / settings.epochs
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+        chosen = order[start : start + size]
+        batch = _standardized(images[chosen], settings)
+        batch = _augmented(batch, settings, generator)
+        if edge < batch.shape[-1]:
+            batch = functional.interpolate(batch, size=(edge, edge), mode="area")
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(batch)
+        loss = functional.cross_entropy(output.float(), torch.from_numpy(labels[chosen].astype(np.int64)))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+        total += float(loss.detach())
+    return total / len(starts)
+
+
+def _standardized(planes: NDArray[np.uint8], settings: TrainingSettings) -> torch.Tensor:
+    """float32 (N, 3, H, W), with the arithmetic of `pipeline.preprocess.standardize`."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (settings.mean, settings.std))
+    return torch.from_numpy((planes.astype(np.float32) / np.float32(255) - mean) / std)
+
+
+def _augmented(batch: torch.Tensor, settings: TrainingSettings, generator: torch.Generator) -> torch.Tensor:
+    count = len(batch)
+    flips = torch.rand(count, generator=generator) < 0.5
+    moves = torch.randint(-settings.shift, settings.shift + 1, (count, 2), generator=generator)
+    if settings.flip:
+        batch = torch.where(flips[:, None, None, None], batch.flip(3), batch)
+    if not settings.shift:
+        return batch
+    height, width = batch.shape[2:]
+    padded = functional.pad(batch, (settings.shift,) * 4, mode="replicate")
+    places = (moves + settings.shift).tolist()
+    return torch.stack(
+        [picture[:, y : y + height, x : x + width] for picture, (y, x) in zip(padded, places, strict=True)]
+    )
+
+
+def _identity(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    settings: TrainingSettings,
+    initial: dict[str, torch.Tensor] | None,
+) -> str:
+    """What a checkpoint must agree in to be continued. Of the pictures the shape and a sample of sums."""
+    sample = [int(images[index].sum()) for index in range(0, len(images), max(1, len(images) // 16))]
+    start = None if initial is None else {key: float(tensor.double().sum()) for key, tensor in initial.items()}
+    facts = [dataclasses.asdict(settings), images.shape, sample, labels.tolist(), start]
+    return json.dumps(facts)
+
+
+def _keep(path: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    state = {"identity": identity, "done": done, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, part)
+    part.replace(path)
+
+
+def _resume(path: Path | None, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    if path is None or not path.exists():
+        return 0
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    if state["identity"] != identity:
+        raise TrainingError(f"{path.name} was written with other settings or data; delete it or name another file")
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["done"])

@@ -1,0 +1,474 @@
+"""The paper's image processing (section 2.2) as small pure functions, and the two orders they are composed in.
+
+`ORDERS` is data: a tuple of step names that is executed as it stands. `native` works on the counts at the camera's own
+resolution; `paper` follows the paper's text on an enlarged picture and is slow. `pipeline/README.md` says where the
+paper is silent and why `native` differs. Equal counts and seed give equal output, bit for bit. No image raises here:
+one without contrast or without a usable mask is handled by a named rule, and the name is in the result.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.finding import Box
+
+PREPROCESSING_VERSION: Final = "1"
+"""Changes whenever a step changes its output; weights trained on another version are refused."""
+
+SEED: Final = 131
+SIZE: Final = 224
+CROP_MM: Final = (225.0, 240.0)
+"""Height and width of the box around the thyroid bed, as 750 : 800. A bed 30 mm off lies in it with 50 mm to spare."""
+MIDLINE_LIMIT_MM: Final = 40.0
+PAPER_CROP: Final = (750, 800)
+FINEST_SPACING_MM: Final = 1.1
+"""A finer matrix (512 pixels, say) is binned down towards it: GrabCut's cost and its result depend on pixel size."""
+GRABCUT_SMOOTHING_MM: Final = 1.5
+"""Sigma before GrabCut. On raw counts it outlines specks of noise and misses foci; from 3 mm on it takes in halos."""
+NETWORK_SMOOTHING_MM: Final = 3.0
+"""Sigma of the planes that the network sees, less than the camera's own blur (sigma 4.9 mm)."""
+
+GRABCUT_ITERATIONS: Final = 5
+GRABCUT_INSET: Final = 0.08
+"""Share of the crop's sides that is background by decree: the paper's rectangle, placed without a person."""
+SMALLEST_MASK_MM2: Final = 50.0
+"""Less than half of what a point source fills at the collimator's resolution (FWHM 11.6 mm): noise, not tissue."""
+LARGEST_MASK_SHARE: Final = 0.5
+"""A mask over more than half of the crop has taken the neck itself for tissue."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """One view, ready for the network.
+
+    Attributes
+    ----------
+    network_input: shape (3, 224, 224), float32, standardized.
+    planes: shape (3, 224, 224), uint8: the same before `standardize`; what a cohort caches.
+    crop: the box, native pixels.
+    mask: shape (H, W) of the view, bool: GrabCut's tissue after the rule; all False where the rule fell back.
+    mask_rule: "grabcut", or the fall-back by which the network saw the unmasked crop: "unmasked_empty",
+        "unmasked_tiny", "unmasked_huge", "unmasked_flat".
+    mask_area_mm2: area of `mask`.
+    seed: of OpenCV's random generator.
+    spacing_mm: (row, column) that the steps worked at: the view's own, or coarser where `resampled`.
+    resampled: whether the matrix was too fine and was binned before anything else.
+    """
+
+    network_input: NDArray[np.float32]
+    planes: NDArray[np.uint8]
+    crop: Box
+    mask: NDArray[np.bool_]
+    mask_rule: str
+    mask_area_mm2: float
+    seed: int
+    spacing_mm: tuple[float, float]
+    resampled: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Standard:
+    """Mean and standard deviation of each channel, on the scale 0..1; by default those of ImageNet."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work:
+    """A view on its way through the steps. `counts`, `field`, `picture` and `tissue` always have one common shape."""
+
+    counts: NDArray[np.float32]
+    spacing_mm: tuple[float, float]
+    seed: int
+    standard: Standard
+    binning: int
+    field: NDArray[np.bool_]
+    box: Box  # what of the binned matrix `counts` shows
+    picture: NDArray[np.uint8]
+    tissue: NDArray[np.bool_]
+    rule: str
+    planes: tuple[NDArray[np.uint8], ...]
+    network_input: NDArray[np.float32]
+
+
+def prepare(
+    counts: NDArray[np.float32],
+    spacing_mm: tuple[float, float],
+    *,
+    preprocessing: str = "native",
+    seed: int = SEED,
+    standard: Standard | None = None,
+) -> Prepared:
+    """Run the order `preprocessing` on one view: counts (H, W), spacing (row, column) in mm.
+
+    Raises `KeyError` for an order that is not in `ORDERS`, `ValueError` for counts that are no image.
+    """
+    if counts.ndim != 2 or min(counts.shape) < 16:
+        raise ValueError(f"counts of shape {counts.shape} are not an image of at least 16 x 16")
+    if not np.isfinite(counts).all() or min(spacing_mm) <= 0:
+        raise ValueError("counts must be finite and the spacing positive")
+    height, width = counts.shape
+    work = _Work(
+        counts=np.ascontiguousarray(counts, np.float32),
+        spacing_mm=spacing_mm,
+        seed=seed,
+        standard=standard or Standard(),
+        binning=1,
+        field=np.ones(counts.shape, bool),
+        box=Box(0, 0, height, width),
+        picture=np.zeros(counts.shape, np.uint8),
+        tissue=np.zeros(counts.shape, bool),
+        rule="",
+        planes=(),
+        network_input=np.zeros((0, 0, 0), np.float32),
+    )
+    for name in ORDERS[preprocessing]:
+        work = STEPS[name](work)
+    return _prepared(work, (height, width))
+
+
+# --- the operations, each on plain arrays ---
+
+
+def binned_spacing_mm(spacing_mm: tuple[float, float]) -> tuple[float, float]:
+    """The spacing that the steps work at."""
+    factor = _binning(spacing_mm)
+    return spacing_mm[0] * factor, spacing_mm[1] * factor
+
+
+def _binning(spacing_mm: tuple[float, float]) -> int:
+    # A hundredth short of the limit is the limit: 256 pixels at zoom 2.0 and 512 at 1.0 stay as they are.
+    return max(1, math.ceil(FINEST_SPACING_MM / max(spacing_mm) - 0.01))
+
+
+def field_of_view(counts: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where the detector is: False in the bands of rows and columns of exact zeros along the edges. Shape of `counts`.
+
+    A matrix is often larger than the detector; its empty bands hold many of its pixels and would rule any histogram. A
+    zero between counts is a measurement and stays.
+    """
+    field = np.zeros(counts.shape, bool)
+    rows, columns = (np.flatnonzero((counts != 0).any(axis=axis)) for axis in (1, 0))
+    if rows.size:
+        field[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    return field
+
+
+def midline_mm(counts: NDArray[np.float32], field: NDArray[np.bool_], spacing_mm: tuple[float, float]) -> float | None:
+    """How far right of the detector's middle the warm body's midline lies, found without looking at uptake.
+
+    The centroid of the smoothed counts of the middle band, each pixel capped at the median of the band's warmer half,
+    so that a hot focus weighs no more than a pixel of neck and cannot draw it (a box that follows uptake would tell the
+    label). Half the cap is taken off first, which drops the air beside the neck: septal penetration fills it with a
+    few counts. None without counts.
+    """
+    rows, columns = (np.flatnonzero(field.any(axis=axis)) for axis in (1, 0))
+    if not rows.size:
+        return None
+    half = 60.0 / spacing_mm[0]
+    middle_row, middle_column = (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
+    band = slice(max(0, round(middle_row - half)), round(middle_row + half) + 1)
+    smoothed = cv2.GaussianBlur(counts[band], (0, 0), 8.0 / spacing_mm[1], borderType=cv2.BORDER_REPLICATE)
+    warm = smoothed[smoothed > np.median(smoothed)]
+    if not warm.size:
+        return None
+    cap = float(np.median(warm))
+    weight = np.clip(smoothed - cap / 2, 0, cap / 2).sum(axis=0, dtype=np.float64)
+    if weight.sum() <= 0:
+        return None
+    centroid = float((weight * np.arange(weight.size)).sum() / weight.sum())
+    return float((centroid - middle_column) * spacing_mm[1])
+
+
+def thyroid_box(counts: NDArray[np.float32], field: NDArray[np.bool_], spacing_mm: tuple[float, float]) -> Box:
+    """The box of `CROP_MM` around the thyroid bed, inside the matrix.
+
+    Across, it is centred on `midline_mm`, held to 40 mm. Along, on the middle of the detector, where the neck is
+    positioned: nothing along a neck marks the bed but uptake itself, and the box leaves 50 mm around a bed 30 mm off.
+    """
+    height, width = counts.shape
+    rows, columns = (np.flatnonzero(field.any(axis=axis)) for axis in (1, 0))
+    middle_row = (rows[0] + rows[-1]) / 2 if rows.size else (height - 1) / 2
+    middle_column = (columns[0] + columns[-1]) / 2 if columns.size else (width - 1) / 2
+    off_mm = midline_mm(counts, field, spacing_mm)
+    if off_mm is not None:
+        middle_column += min(max(off_mm, -MIDLINE_LIMIT_MM), MIDLINE_LIMIT_MM) / spacing_mm[1]
+    box_height = min(height, round(CROP_MM[0] / spacing_mm[0]))
+    box_width = min(width, round(CROP_MM[1] / spacing_mm[1]))
+    top = min(max(0, round(middle_row - (box_height - 1) / 2)), height - box_height)
+    left = min(max(0, round(middle_column - (box_width - 1) / 2)), width - box_width)
+    return Box(top, left, box_height, box_width)
+
+
+def window(counts: NDArray[np.float32], *, root: bool = False) -> NDArray[np.uint8]:
+    """Counts to 8 bits, 0 to the maximum; with `root` on the square root of the counts.
+
+    The root gives Poisson noise the same size everywhere, and leaves a faint focus its grey levels beside a hot one.
+    """
+    values = np.sqrt(np.maximum(counts, 0)) if root else np.maximum(counts, 0)
+    top = float(values.max(initial=0.0))
+    return np.round(values * (255 / top)).astype(np.uint8) if top > 0 else np.zeros(counts.shape, np.uint8)
+
+
+def equalize(grey: NDArray[np.uint8], field: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Histogram equalization over the field of view, 0 outside; `cv2.equalizeHist` where the field is everything."""
+    inside = grey[field]
+    result = np.zeros_like(grey)
+    if inside.size:
+        result[field] = cv2.equalizeHist(inside.reshape(1, -1)).ravel()
+    return result
+
+
+def grabcut(grey: NDArray[np.uint8], field: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
+    """GrabCut's foreground, from a rectangle `GRABCUT_INSET` inside the picture. Shape of `grey`.
+
+    OpenCV draws from one random generator for each thread; the seed is set right before the call, in the calling
+    thread, without which masks differ from call to call. Outside the field of view all is background by decree.
+    """
+    height, width = grey.shape
+    inset_y, inset_x = max(1, round(height * GRABCUT_INSET)), max(1, round(width * GRABCUT_INSET))
+    labels = np.full(grey.shape, cv2.GC_BGD, np.uint8)
+    labels[inset_y : height - inset_y, inset_x : width - inset_x] = cv2.GC_PR_FGD
+    labels[~field] = cv2.GC_BGD
+    if not (labels == cv2.GC_PR_FGD).any() or int(grey[field].min()) == int(grey[field].max()):
+        return np.zeros(grey.shape, bool)
+    colour = cv2.merge((grey, grey, grey))
+    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
+    unused = (0, 0, width, height)
+    cv2.setRNGSeed(seed)
+    cv2.grabCut(colour, labels, unused, background, foreground, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK)
+    return np.asarray((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD))
+
+
+def smooth(
+    counts: NDArray[np.float32], field: NDArray[np.bool_], spacing_mm: tuple[float, float], sigma_mm: float
+) -> NDArray[np.float32]:
+    """Counts under a Gaussian of `sigma_mm`, averaged over the field of view only; 0 outside."""
+    sigma_x, sigma_y = sigma_mm / spacing_mm[1], sigma_mm / spacing_mm[0]
+    weight = field.astype(np.float32)
+    total, share = (
+        cv2.GaussianBlur(plane, (0, 0), sigma_x, sigmaY=sigma_y, borderType=cv2.BORDER_REPLICATE)
+        for plane in (counts * weight, weight)
+    )
+    return np.asarray(np.where(field, total / np.maximum(share, np.float32(1e-6)), 0), np.float32)
+
+
+def without_specks(tissue: NDArray[np.bool_], pixel_mm2: float) -> NDArray[np.bool_]:
+    """The mask without components (8-connected) smaller than `SMALLEST_MASK_MM2`."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(tissue.astype(np.uint8), connectivity=8)
+    keep = stats[:, cv2.CC_STAT_AREA] * pixel_mm2 >= SMALLEST_MASK_MM2
+    keep[0] = False
+    return np.asarray(keep[labels])
+
+
+def mask_rule(tissue: NDArray[np.bool_], pixel_mm2: float, *, flat: bool) -> str:
+    """Whether the mask may be used: "grabcut", else the name of the fall-back to the unmasked crop."""
+    if flat:
+        return "unmasked_flat"
+    if not tissue.any():
+        return "unmasked_empty"
+    if not without_specks(tissue, pixel_mm2).any():
+        return "unmasked_tiny"
+    if int(tissue.sum()) > LARGEST_MASK_SHARE * tissue.size:
+        return "unmasked_huge"
+    return "grabcut"
+
+
+def resize_224(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """To 224 x 224; by area where that shrinks the picture, else bilinear."""
+    shrinks = min(plane.shape) > SIZE
+    resized = cv2.resize(plane, (SIZE, SIZE), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return np.asarray(resized, np.uint8)
+
+
+def standardize(planes: NDArray[np.uint8], standard: Standard) -> NDArray[np.float32]:
+    """(value / 255 - mean) / std for each channel of (3, 224, 224)."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (standard.mean, standard.std))
+    return np.asarray((planes.astype(np.float32) / np.float32(255) - mean) / std)
+
+
+# --- the steps: the operations applied to a view on its way ---
+
+
+def _bin(work: _Work) -> _Work:
+    factor = _binning(work.spacing_mm)
+    if factor < 2:
+        return work
+    height, width = (extent // factor * factor for extent in work.counts.shape)
+    blocks = work.counts[:height, :width].reshape(height // factor, factor, width // factor, factor)
+    counts = np.ascontiguousarray(blocks.sum(axis=(1, 3), dtype=np.float32))
+    return dataclasses.replace(
+        work,
+        counts=counts,
+        spacing_mm=(work.spacing_mm[0] * factor, work.spacing_mm[1] * factor),
+        binning=factor,
+        box=Box(0, 0, counts.shape[0], counts.shape[1]),
+    )
+
+
+def _field_of_view(work: _Work) -> _Work:
+    return dataclasses.replace(work, field=field_of_view(work.counts))
+
+
+def _crop(work: _Work) -> _Work:
+    box = thyroid_box(work.counts, work.field, work.spacing_mm)
+    part = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+    return dataclasses.replace(work, counts=work.counts[part], field=work.field[part], box=box)
+
+
+def _smooth_for_grabcut(work: _Work) -> _Work:
+    counts = smooth(work.counts, work.field, work.spacing_mm, GRABCUT_SMOOTHING_MM)
+    return dataclasses.replace(work, counts=counts)
+
+
+def _smooth_for_network(work: _Work) -> _Work:
+    # Gaussians in sequence add their variances: this is what is missing after `_smooth_for_grabcut`.
+    missing_mm = math.sqrt(NETWORK_SMOOTHING_MM**2 - GRABCUT_SMOOTHING_MM**2)
+    return dataclasses.replace(work, counts=smooth(work.counts, work.field, work.spacing_mm, missing_mm))
+
+
+def _window(work: _Work) -> _Work:
+    return dataclasses.replace(work, picture=window(work.counts))
+
+
+def _window_root(work: _Work) -> _Work:
+    return dataclasses.replace(work, picture=window(work.counts, root=True))
+
+
+def _enlarge(work: _Work) -> _Work:
+    height, width = PAPER_CROP
+    return dataclasses.replace(
+        work,
+        picture=np.asarray(cv2.resize(work.picture, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8),
+        field=cv2.resize(work.field.view(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).astype(bool),
+    )
+
+
+def _equalize(work: _Work) -> _Work:
+    return dataclasses.replace(work, picture=equalize(work.picture, work.field))
+
+
+def _grabcut(work: _Work) -> _Work:
+    return dataclasses.replace(work, tissue=grabcut(work.picture, work.field, work.seed))
+
+
+def _mask(work: _Work) -> _Work:
+    pixel_mm2 = work.box.height * work.box.width * work.spacing_mm[0] * work.spacing_mm[1] / work.tissue.size
+    inside = work.picture[work.field]
+    rule = mask_rule(work.tissue, pixel_mm2, flat=inside.size == 0 or int(inside.min()) == int(inside.max()))
+    return dataclasses.replace(work, rule=rule, tissue=without_specks(work.tissue, pixel_mm2) & (rule == "grabcut"))
+
+
+def _masked(work: _Work) -> NDArray[np.uint8]:
+    return np.where(work.tissue, work.picture, 0).astype(np.uint8) if work.rule == "grabcut" else work.picture
+
+
+def _masked_plane(work: _Work) -> _Work:
+    return dataclasses.replace(work, planes=(*work.planes, _masked(work)))
+
+
+def _whole_plane(work: _Work) -> _Work:
+    return dataclasses.replace(work, planes=(*work.planes, work.picture))
+
+
+def _resize_224(work: _Work) -> _Work:
+    return dataclasses.replace(work, planes=tuple(resize_224(plane) for plane in work.planes))
+
+
+def _standardize(work: _Work) -> _Work:
+    planes = work.planes * 3 if len(work.planes) == 1 else work.planes
+    stacked = np.stack(planes)
+    return dataclasses.replace(work, planes=tuple(planes), network_input=standardize(stacked, work.standard))
+
+
+STEPS: MappingProxyType[str, Callable[[_Work], _Work]] = MappingProxyType(
+    {
+        "bin": _bin,
+        "field_of_view": _field_of_view,
+        "crop": _crop,
+        "smooth_for_grabcut": _smooth_for_grabcut,
+        "smooth_for_network": _smooth_for_network,
+        "window": _window,
+        "window_root": _window_root,
+        "enlarge": _enlarge,
+        "equalize": _equalize,
+        "grabcut": _grabcut,
+        "mask": _mask,
+        "masked_plane": _masked_plane,
+        "whole_plane": _whole_plane,
+        "resize_224": _resize_224,
+        "standardize": _standardize,
+    }
+)
+
+ORDERS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
+    {
+        # Three different planes: the root of the counts, the equalized crop, and the same under the mask. What GrabCut
+        # missed stays visible in the other two, so the mask can point but cannot hide.
+        "native": (
+            "bin",
+            "field_of_view",
+            "crop",
+            "smooth_for_grabcut",
+            "window",
+            "grabcut",
+            "mask",
+            "smooth_for_network",
+            "window_root",
+            "whole_plane",
+            "equalize",
+            "whole_plane",
+            "masked_plane",
+            "resize_224",
+            "standardize",
+        ),
+        # The paper's order; one grey plane, three times, under the mask.
+        "paper": (
+            "bin",
+            "field_of_view",
+            "crop",
+            "window",
+            "enlarge",
+            "equalize",
+            "grabcut",
+            "mask",
+            "masked_plane",
+            "resize_224",
+            "standardize",
+        ),
+    }
+)
+"""Name of a preprocessing -> names of its steps, in the order in which they are executed."""
+
+
+def _prepared(work: _Work, native_shape: tuple[int, int]) -> Prepared:
+    """Bring box and mask back to native pixels."""
+    box, factor = work.box, work.binning
+    tissue = work.tissue.view(np.uint8)
+    if tissue.shape != (box.height, box.width):
+        tissue = np.asarray(cv2.resize(tissue, (box.width, box.height), interpolation=cv2.INTER_NEAREST), np.uint8)
+    mask = np.zeros(native_shape, bool)
+    native = Box(box.top * factor, box.left * factor, box.height * factor, box.width * factor)
+    mask[native.top : native.top + native.height, native.left : native.left + native.width] = np.kron(
+        tissue, np.ones((factor, factor), np.uint8)
+    ).astype(bool)
+    pixel_mm2 = work.spacing_mm[0] * work.spacing_mm[1] / factor**2
+    return Prepared(
+        network_input=work.network_input,
+        planes=np.stack(work.planes),
+        crop=native,
+        mask=mask,
+        mask_rule=work.rule,
+        mask_area_mm2=int(mask.sum()) * pixel_mm2,
+        seed=work.seed,
+        spacing_mm=work.spacing_mm,
+        resampled=factor > 1,
+    )

@@ -1,0 +1,149 @@
+"""Reasons not to answer that only the pixels show: no counts, too few, clipped, a flood, no neck, another kind of scan.
+
+Each rule is conservative: it declines what is certainly not a judgeable neck, and leaves doubt to the reader. The
+limits were set far outside what simulated scans of every stratum show (`pipeline/README.md` has the distances), so that
+a scan that could be read is not withheld. What these rules let through may still be a poor scan.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from models.weights import TrainingRange
+from pipeline.finding import ViewImage
+from pipeline.preprocess import CROP_MM, binned_spacing_mm, field_of_view, midline_mm
+
+LOW_COUNTS: Final = 500
+"""Counts of a whole view. Diagnostic scans hold 20,000-150,000; with 500 a hundred pixels share one count."""
+PLATEAU_PIXELS: Final = 8
+"""Pixels that share the greatest value. Counts vary by their square root, so a peak has one or two."""
+PLATEAU_LEAST: Final = 50
+"""Below this a shared greatest value is what small counts do by chance."""
+FLOOD_VARIATION: Final = 0.15
+"""Standard deviation over mean of the blocks of a view. A neck has air beside it; a flood has none."""
+MIDLINE_MM: Final = 90.0
+"""Distance of the warm body's midline from the middle of the detector."""
+NECK_SHARE: Final = 0.08
+"""Share of a view's counts within a box as large as the crop, in the middle of the detector."""
+SMALLEST_MATRIX: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a scan cannot be judged: a token of `pipeline.reasons.REASONS`, and what was measured in which view."""
+
+    reason: str
+    detail: str
+
+
+def problem_of(images: Sequence[ViewImage], training_range: TrainingRange) -> Problem | None:
+    """The first problem of the views, the gravest rule first; None where they can be judged."""
+    for reason, check in _CHECKS:
+        for image in images:
+            detail = check(image)
+            if detail is not None:
+                return Problem(reason, f"{image.view} view: {detail}")
+    for image in images:
+        detail = out_of_training_range(image, training_range)
+        if detail is not None:
+            return Problem("out_of_training_range", f"{image.view} view: {detail}")
+    return None
+
+
+def empty_frame(image: ViewImage) -> str | None:
+    return None if image.counts.any() else "every pixel is zero"
+
+
+def low_counts(image: ViewImage) -> str | None:
+    total = _total(image)
+    return f"{total} counts, fewer than {LOW_COUNTS}" if total < LOW_COUNTS else None
+
+
+def clipped(image: ViewImage) -> str | None:
+    """A plateau of equal pixels at the top, where counts would scatter."""
+    top = float(image.counts.max())
+    sharing = int((image.counts == top).sum())
+    if top >= PLATEAU_LEAST and sharing >= PLATEAU_PIXELS:
+        return f"{sharing} pixels share the greatest value {top:g}"
+    return None
+
+
+def flood(image: ViewImage) -> str | None:
+    """The same counts everywhere within the field of view."""
+    blocks = _blocks(image.counts, field_of_view(image.counts))
+    if blocks.size < 16:
+        return None
+    # Counting noise of the blocks themselves is taken off, else few counts would hide a flood.
+    variance = max(0.0, float(blocks.var()) - float(blocks.mean()) / _BLOCK_PIXELS)
+    variation = variance**0.5 / float(blocks.mean()) if blocks.mean() > 0 else 0.0
+    return f"the field is uniform to {100 * variation:.0f} %" if variation < FLOOD_VARIATION else None
+
+
+def neck_outside_field(image: ViewImage) -> str | None:
+    """Nothing warm where a neck is positioned."""
+    off_mm = midline_mm(image.counts, field_of_view(image.counts), image.spacing_mm)
+    if off_mm is not None and abs(off_mm) > MIDLINE_MM:
+        return f"the warm body lies {abs(off_mm):.0f} mm off the middle"
+    share = middle_share(image)
+    if share < NECK_SHARE:
+        return f"{100 * share:.0f} % of the counts lie around the middle"
+    return None
+
+
+def middle_share(image: ViewImage) -> float:
+    """Share of the counts within a box of the crop's size in the middle of the field of view."""
+    rows, columns = (np.flatnonzero(field_of_view(image.counts).any(axis=axis)) for axis in (1, 0))
+    if not rows.size:
+        return 0.0
+    window = []
+    for extent, size_mm, spacing in zip((rows, columns), CROP_MM, image.spacing_mm, strict=True):
+        middle, half = (extent[0] + extent[-1]) / 2, size_mm / spacing / 2
+        window.append(slice(max(0, round(middle - half)), round(middle + half) + 1))
+    return float(image.counts[window[0], window[1]].sum(dtype=np.float64)) / max(1.0, float(_total(image)))
+
+
+def out_of_training_range(image: ViewImage, training_range: TrainingRange) -> str | None:
+    """Spacing (as the pipeline works with it) and counts against the extent of the scans trained on."""
+    if min(image.counts.shape) < SMALLEST_MATRIX:
+        return f"a matrix of {image.counts.shape[0]} x {image.counts.shape[1]} is too small"
+    spacing = binned_spacing_mm(image.spacing_mm)
+    low, high = training_range.spacing_mm
+    if not all(low <= value <= high for value in spacing):
+        return f"pixels of {spacing[0]:.2f} x {spacing[1]:.2f} mm; the model was trained on {low:g} to {high:g} mm"
+    total = _total(image)
+    low, high = training_range.total_counts
+    if not low <= total <= high:
+        return f"{total} counts; the model was trained on {low:g} to {high:g}"
+    return None
+
+
+_CHECKS: Final[tuple[tuple[str, Callable[[ViewImage], str | None]], ...]] = (
+    ("empty_frame", empty_frame),
+    ("clipped", clipped),
+    ("flood", flood),
+    ("low_counts", low_counts),
+    ("neck_outside_field", neck_outside_field),
+)
+_BLOCK = 16
+_BLOCK_PIXELS = _BLOCK * _BLOCK
+
+
+def _total(image: ViewImage) -> int:
+    return round(float(image.counts.sum(dtype=np.float64)))
+
+
+def _blocks(counts: NDArray[np.float32], field: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Mean counts of the 16 x 16 blocks that lie wholly within the field of view, flat."""
+    height, width = (extent // _BLOCK * _BLOCK for extent in counts.shape)
+    if not height or not width:
+        return np.zeros(0)
+    shape = (width // _BLOCK, height // _BLOCK)
+    means, inside = (
+        cv2.resize(plane[:height, :width].astype(np.float64), shape, interpolation=cv2.INTER_AREA)
+        for plane in (counts, field)
+    )
+    return np.asarray(means[inside > 0.999], np.float64)
