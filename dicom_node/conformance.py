@@ -170,8 +170,8 @@ def _storage_scp(settings: Settings) -> list[str]:
             "Storage level 2 (full): the data set is kept as sent, private elements included; nothing",
             "is coerced. Other",
             "bytes under a known SOP Instance UID are kept as a second version and compared; where identity or pixels",
-            "differ, nothing more is sent and a person decides. The node is no archive: bytes are removed some time after",
-            f"a scan came to rest ({settings.storage.retention_days} days for one that was answered).",
+            "differ, nothing more is sent and a person decides. The node is no archive: bytes are removed some time",
+            f"after a scan came to rest ({settings.storage.retention_days} days for one that was answered).",
         ),
     ]
 
