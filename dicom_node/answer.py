@@ -10,13 +10,13 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import numpy as np
-from pipeline.analyse import analyse
 from pydicom import Dataset, dcmread
 
 from dicom_node import __version__, report
 from dicom_node.messages import Answer, Provenance, Rendered, Task, Version, Wanted
 from models.weights import LoadedModel
-from pipeline.finding import Declined, Finding, ViewName
+from pipeline.analyse import analyse, model_facts
+from pipeline.finding import Declined, Finding, ModelFacts, ViewName
 from pipeline.views import HeaderFacts, UnusableScan, facts_of, view_images
 
 KNOWN_BEFORE = frozenset({"ambiguous_views", "analysis_failed"})
@@ -55,10 +55,14 @@ def answer(
         outcome: Finding | Declined = Declined(reason=str(task.reason), detail="", ours=True)
     else:
         outcome = analyse(datasets, model, preprocessing=preprocessing, require_views=require_views)
-    made = _render_and_check(outcome, datasets, task)
+        if task.reason is not None and isinstance(outcome, Finding):
+            # The worklist gave this row up: it gets its note, never a finding (design, section 4).
+            outcome = Declined(task.reason, "", ours=True, images=tuple(view.image for view in outcome.views))
+    facts = model_facts(model.record)
+    made = _render_and_check(outcome, datasets, task, facts)
     if isinstance(made, str):
         note = Declined(reason="gate_failed", detail=made, ours=True)
-        again = _render_and_check(note, datasets, task)
+        again = _render_and_check(note, datasets, task, facts)
         return _told(note, () if isinstance(again, str) else again)
     return _told(outcome, made)
 
@@ -93,16 +97,16 @@ def _told(outcome: Finding | Declined, results: tuple[Rendered, ...]) -> Answer:
 
 
 def _render_and_check(
-    outcome: Finding | Declined, datasets: Sequence[Dataset], task: Task
+    outcome: Finding | Declined, datasets: Sequence[Dataset], task: Task, facts: ModelFacts
 ) -> tuple[Rendered, ...] | str:
-    """Return the checked results, or the faults as one line; none for a scan that is not ours, where silence is right."""
+    """Return the checked results, or the faults as one line; none where a scan is not ours and silence is right."""
     if isinstance(outcome, Declined) and not outcome.ours:
         return ()
     results: list[Rendered] = []
     faults: list[str] = []
     try:
         for want in task.wanted:
-            context = _context(task.provenance, want)
+            context = _context(task.provenance, want, facts)
             for made in report.render(outcome, datasets, context, (want.kind,)):
                 faults += [f"{made.kind}: {fault}" for fault in report.check(made, datasets, outcome, context)]
                 results.append(
@@ -120,7 +124,7 @@ def _render_and_check(
     return "; ".join(faults) if faults else tuple(results)
 
 
-def _context(provenance: Provenance, want: Wanted) -> report.ReportContext:
+def _context(provenance: Provenance, want: Wanted, model: ModelFacts) -> report.ReportContext:
     return report.ReportContext(
         revision=provenance.revision,
         source_digests=provenance.source_digests,
@@ -133,6 +137,7 @@ def _context(provenance: Provenance, want: Wanted) -> report.ReportContext:
         sc=want.variant or "colour",
         codes=provenance.codes,
         predecessors=provenance.predecessors,
+        model=model,
     )
 
 

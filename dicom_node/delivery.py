@@ -8,7 +8,7 @@ archive sees a duplicate of the identical object, never a second result.
 import random
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 from sqlalchemy import Engine
 
@@ -110,11 +110,12 @@ class Sender:
         self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome, started: float
     ) -> None:
         rules = self._settings.delivery
-        state, delay_s = "pending", 0.0
+        state: Literal["pending", "acknowledged", "refused", "given_up"] = "pending"
+        delay_s = 0.0
         if outcome.kind == "acknowledged":
             state = "acknowledged"
         elif outcome.kind == "later":
-            if _tried_for(delivery) > timedelta(days=rules.give_up_after_days):
+            if delivery.tried_for_s > rules.give_up_after_days * 86_400:
                 state = "given_up"
             else:
                 delay_s = back_off_s(
@@ -147,9 +148,3 @@ class Sender:
             retry_in_s=round(delay_s, 1) if state == "pending" else None,
             took_ms=round(1000 * (time.monotonic() - started), 1),
         )
-
-
-def _tried_for(delivery: worklist.DueDelivery) -> timedelta:
-    if delivery.first_tried_at is None:
-        return timedelta(0)
-    return datetime.now(UTC) - datetime.fromisoformat(delivery.first_tried_at)

@@ -94,7 +94,7 @@ def run(directory: Path, *, scans: int, seed: int, keep: bool, console: Console)
             _print(console, lines)
             pictures, reports = _show(directory, archive)
             console.print(f"pictures: {pictures}\nreports:  {reports}\nobjects:  {directory / 'archive'}")
-            console.print(f'worklist: sqlite3 {database} "select * from worklist"')
+            console.print(f"worklist: remnant worklist list --config {config}, or the view worklist in {database}")
             if keep:
                 console.print(f"Node and archive go on: send to REMNANT at 127.0.0.1:{port}. Ctrl-C ends them.")
                 _wait_for_interrupt(node)

@@ -108,11 +108,6 @@ def _weights(settings: Settings) -> tuple[bool, str]:
         verify(settings.model.weights)
     except WeightsError as error:
         return False, str(error)
-    if record.preprocessing != settings.analysis.preprocessing:
-        return False, (
-            f"{record.name} was trained on {record.preprocessing!r} preprocessing,"
-            f" [analysis] preprocessing is {settings.analysis.preprocessing!r}"
-        )
     return True, f"{record.name} {record.version}, {record.architecture}, digest {record.sha256[:12]} fits its record"
 
 

@@ -39,8 +39,8 @@ class Provenance:
     """What a result says of its making beside the finding; all of it enters the result's bytes or UIDs.
 
     `source_digests` maps SOPInstanceUID to the SHA-256 of the received dataset; `analysed_at` is aware, UTC;
-    `predecessors` are (SOPClassUID, SOPInstanceUID, SeriesInstanceUID) of the Structured Reports that this revision
-    replaces; `offline` chooses the UID namespace of `remnant analyse`, so that its results never pass for the node's.
+    `predecessors` are (SOPClassUID, SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID) of the Structured Reports that
+    this revision replaces; `offline` chooses the UID namespace of `remnant analyse`, so that its results never pass for the node's.
     """
 
     revision: int
@@ -50,7 +50,7 @@ class Provenance:
     ae_title: str
     codes: Mapping[str, tuple[str, str, str]]
     settings_fingerprint: str
-    predecessors: tuple[tuple[str, str, str], ...] = ()
+    predecessors: tuple[tuple[str, str, str, str], ...] = ()
     offline: bool = False
 
 

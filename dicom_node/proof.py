@@ -29,16 +29,17 @@ def prove(engine: Engine, store: Spool, scan_id: int) -> list[Link]:
     details = worklist.details(engine, scan_id)
     links = [_received(store, instance) for instance in details["instances"]]
     links += [_rendered(store, result) for result in details["results"]]
+    results = {result["id"]: result["sop_instance_uid"] for result in details["results"]}
     links += [
         Link(
             f"delivery to {delivery['destination']}",
             delivery["state"] in ("acknowledged", "cancelled"),
-            f"{delivery['sop_instance_uid']} {delivery['state']}"
+            f"{results[delivery['result_id']]} {delivery['state']}"
             + (f", status {delivery['last_status']}" if delivery["last_status"] is not None else ""),
         )
         for delivery in details["deliveries"]
     ]
-    faults = worklist.verify_events(engine, scan_id)
+    faults = worklist.verify_events(engine)
     links.append(
         Link(
             "history",

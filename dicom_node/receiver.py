@@ -15,8 +15,11 @@ from typing import cast
 from pydicom.dataset import FileMetaDataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_file_meta_info
+from pydicom.uid import UID
 from pynetdicom import AE, evt
 from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.pdu_primitives import A_ASSOCIATE
+from pynetdicom.transport import ThreadedAssociationServer
 from sqlalchemy import Engine
 
 from dicom_node import log, spool, worklist
@@ -69,7 +72,7 @@ class Receiver:
         self._ae.dimse_timeout = settings.receiver.idle_timeout_s
         self._ae.network_timeout = settings.receiver.idle_timeout_s
         self._contexts = accepted_contexts(settings.receiver.extra_classes, settings.receiver.extra_syntaxes)
-        self._server = None
+        self._server: ThreadedAssociationServer | None = None
 
     def start(self) -> tuple[str, int]:
         """Listen; return the address really bound. Raises RemnantError where it cannot be."""
@@ -82,13 +85,13 @@ class Receiver:
             (evt.EVT_C_STORE, self._on_store),
         ]
         try:
-            self._server = listen(self._ae, address, self._contexts, handlers)
+            self._server = server = listen(self._ae, address, self._contexts, handlers)
         except OSError as error:
             raise RemnantError(
                 f"The receiver cannot listen on {address[0]} port {address[1]}: {error.strerror or error}.",
                 hint="Is another node running? Choose another [node] port.",
             ) from error
-        host, port = self._server.server_address[:2]
+        host, port = server.server_address[:2]
         _log.info("listening", host=host, port=port, ae_title=self._settings.node.ae_title)
         return str(host), int(port)
 
@@ -102,7 +105,8 @@ class Receiver:
     def _on_requested(self, event: evt.Event) -> None:
         """Admit or reject an association, and say why in the log (PS3.8 9.3.4)."""
         assoc = event.assoc
-        calling, called = assoc.requestor.primitive.calling_ae_title.strip(), _called(event)
+        request = cast(A_ASSOCIATE, assoc.requestor.primitive)
+        calling, called = str(request.calling_ae_title).strip(), str(request.called_ae_title).strip()
         address = assoc.requestor.address
         refusal: tuple[tuple[int, int, int], str] | None = None
         if called != self._settings.node.ae_title:
@@ -183,17 +187,13 @@ def admitted(sources: tuple[Source, ...], calling: str, address: str) -> bool:
     )
 
 
-def _called(event: evt.Event) -> str:
-    return str(event.assoc.requestor.primitive.called_ae_title).strip()
-
-
 def _preamble(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> bytes:
     """Return preamble, prefix and file meta information of a Part 10 file (PS3.10 7.1)."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = sop_class_uid
-    meta.MediaStorageSOPInstanceUID = sop_instance_uid
-    meta.TransferSyntaxUID = transfer_syntax_uid
-    meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
+    meta.MediaStorageSOPClassUID = UID(sop_class_uid)
+    meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
+    meta.TransferSyntaxUID = UID(transfer_syntax_uid)
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
     meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
     buffer = DicomBytesIO()
     write_file_meta_info(buffer, meta)

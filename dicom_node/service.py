@@ -307,9 +307,10 @@ def _purge(house: House) -> bool:
     purged = 0
     for item in worklist.purgeable(house.engine, retention_days=storage.retention_days):
         folder = house.spool.objects if item.kind == "instance" else house.spool.results
-        spool.remove(folder / item.file_name)
-        worklist.mark_purged(house.engine, item)
-        purged += 1
+        # Marked first: a row that is retried at this moment keeps its bytes.
+        if worklist.mark_purged(house.engine, item):
+            spool.remove(folder / item.file_name)
+            purged += 1
     forgotten = worklist.forget(house.engine, storage.forget_days)
     if purged or forgotten:
         _log.info("purged", objects=purged, rows_forgotten=forgotten)

@@ -79,23 +79,20 @@ class Worker:
         bound = _log.bind(scan=claim.scan_id, revision=claim.revision)
         try:
             reply = self._ask(claim, claim.reason)
-            if isinstance(reply, Abandoned):
-                bound.info("abandoned", why="a new view arrived or the lease went to somebody else")
-                return True
-            if isinstance(reply, Ended):
-                reply = self._after_failure(claim, reply, bound)
-                if reply is None:
-                    return True
-            state = self._finish(claim, reply)
+            told = self._after_failure(claim, reply, bound) if isinstance(reply, Ended) else reply
+            state = None if told is None or isinstance(told, Abandoned) else self._finish(claim, told)
         except worklist.LeaseLost:
+            told, state = Abandoned(), None
+        if isinstance(told, Abandoned):
             bound.info("abandoned", why="a new view arrived or the lease went to somebody else")
+        if told is None or isinstance(told, Abandoned):
             return True
         bound.info(
             "finished",
             state=state,
-            outcome=reply.outcome,
-            reason=reply.reason,
-            finding=reply.finding,
+            outcome=told.outcome,
+            reason=told.reason,
+            finding=told.finding,
             took_ms=round(1000 * (time.monotonic() - started)),
         )
         self._sender_bell.ring()
@@ -114,7 +111,12 @@ class Worker:
                 codes=self._settings.codes,
                 settings_fingerprint=self._fingerprint,
                 predecessors=tuple(
-                    (result.sop_class_uid, result.sop_instance_uid, result.series_instance_uid)
+                    (
+                        result.sop_class_uid,
+                        result.sop_instance_uid,
+                        result.series_instance_uid,
+                        result.study_instance_uid,
+                    )
                     for result in claim.predecessors
                     if result.kind == "sr"
                 ),
@@ -125,7 +127,7 @@ class Worker:
             task, self._settings.analysis.timeout_s, lambda: worklist.heartbeat(self._engine, claim)
         )
 
-    def _after_failure(self, claim: worklist.Claim, ended: Ended, bound: log.Log) -> Answer | None:
+    def _after_failure(self, claim: worklist.Claim, ended: Ended, bound: log.Log) -> Answer | Abandoned | None:
         """Put the scan back, or, after the last attempt, make its note; None where there is nothing left to finish."""
         attempts = self._settings.analysis.attempts
         bound.error("analysis_ended", why=ended.why, attempt=claim.attempts + 1, of=attempts)
@@ -135,7 +137,7 @@ class Worker:
             return None
         reply = self._ask(claim, "analysis_failed")
         if isinstance(reply, Abandoned):
-            return None
+            return reply
         if isinstance(reply, Answer):
             return replace(reply, detail=ended.why)
         # Not even a note could be made: the row itself has to call a person.
@@ -182,6 +184,10 @@ class Worker:
         """Judge other bytes that came under a known SOP Instance UID; True where there were some."""
         pending = worklist.pending_versions(self._engine)
         for version in pending:
+            if version.known_purged:
+                # Nothing is left to compare with, so nothing may be called equal.
+                worklist.judge_version(self._engine, version.instance_id, "other_pixels")
+                continue
             comparison = Comparison(
                 first=self._spool.objects / version.known_spool_name, second=self._spool.objects / version.spool_name
             )

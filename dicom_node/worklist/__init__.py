@@ -33,7 +33,7 @@ from dicom_node.worklist.upkeep import (
     mark_purged,
     purgeable,
 )
-from dicom_node.worklist.view import counts_by_state, details, row, rows
+from dicom_node.worklist.view import counts_by_state, details, row, rows, scan_of
 from dicom_node.worklist.work import (
     Claim,
     ClaimedInstance,
@@ -109,6 +109,7 @@ __all__ = [
     "retry",
     "row",
     "rows",
+    "scan_of",
     "schema_is_current",
     "substitute_delivery",
     "try_again",

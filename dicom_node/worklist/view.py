@@ -87,6 +87,15 @@ def row(engine: Engine, scan_id: int) -> dict[str, Any]:
     return _line(found)
 
 
+def scan_of(engine: Engine, sop_instance_uid: str) -> int | None:
+    """The id of the row on which a received object hangs; None where it was never received."""
+    with reading(engine) as conn:
+        found: int | None = conn.scalar(
+            select(instance.c.scan_id).where(instance.c.sop_instance_uid == sop_instance_uid).order_by(instance.c.version)
+        )
+        return found
+
+
 def details(engine: Engine, scan_id: int) -> dict[str, list[dict[str, Any]]]:
     """What hangs on a row: `instances` (received), `results` (made), `deliveries` (sent, with the SOP Instance UID of
     the result), each oldest first, all revisions. Empty lists for a row that is not there."""

@@ -1,5 +1,6 @@
 """Databases for the tests of the node: SQLite files and a PostgreSQL cluster of our own, both real."""
 
+import hashlib
 import itertools
 import os
 import pwd
@@ -7,12 +8,16 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
 
-from dicom_node.worklist import open_worklist, upgrade
+from dicom_node.worklist import IntakeRules, Receipt, Stored, open_worklist, receive, upgrade
+from pipeline.views import FrameFacts, HeaderFacts
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +83,61 @@ def sqlite_engine(tmp_path: Path) -> Iterator[Engine]:
     upgrade(opened)
     yield opened
     opened.dispose()
+
+
+STUDY = "1.2.826.0.1.3680043.10.1.77"
+NM = "1.2.840.10008.5.1.4.1.1.20"
+CT = "1.2.840.10008.5.1.4.1.1.2"
+RULES = IntakeRules(require_views=("anterior", "posterior"), pair_window_s=3600, views_timeout_s=3600, timezone=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Camera:
+    """Sends header facts of invented objects to a worklist, as the receiver would after storing their bytes."""
+
+    engine: Engine
+    rules: IntakeRules = RULES
+
+    def facts(self, name: str, view: str = "both", minute: float = 0, **changed: Any) -> HeaderFacts:
+        """An 131I neck object called `name` (its UID ends so): "anterior", "posterior", or "both" views in one."""
+        views = ("anterior", "posterior") if view == "both" else (view,)
+        facts = HeaderFacts(
+            sop_class_uid=NM,
+            sop_instance_uid=f"2.25.{int.from_bytes(name.encode(), 'big')}",
+            study_instance_uid=STUDY,
+            series_instance_uid=f"{STUDY}.1",
+            patient_id="RMN-1",
+            issuer_of_patient_id="HOSPITAL",
+            patient_name="Invented^Iris",
+            accession_number="A-1",
+            acquired_at=datetime(2026, 11, 23, 17, 0) + timedelta(minutes=minute),  # noqa: DTZ001 - as a header has it
+            timezone_offset_from_utc="",
+            rows=256,
+            columns=256,
+            number_of_frames=len(views),
+            spacing_mm=(2.209, 2.209),
+            energy_window_kev=(327.6, 400.4),
+            frames=tuple(FrameFacts(one, number) for number, one in enumerate(views, start=1)),
+            reason=None,
+            ours=True,
+        )
+        return replace(facts, **changed)
+
+    def send(self, name: str, view: str = "both", minute: float = 0, *, data: str = "", **changed: Any) -> Receipt:
+        """Enter one object; `data` stands for its bytes."""
+        digest = hashlib.sha256(f"{name}{data}".encode()).hexdigest()
+        stored = Stored(f"{digest[:2]}/{digest}.dcm", digest, 131_072, "1.2.840.10008.1.2.1")
+        facts = self.facts(name, view, minute, **changed)
+        return receive(self.engine, facts, stored, source_aet="OPTIMA1", rules=self.rules)
+
+
+@pytest.fixture
+def camera(engine: Engine) -> Camera:
+    """A camera in front of an empty worklist, once for each kind of database."""
+    return Camera(engine)
+
+
+@pytest.fixture
+def sqlite_camera(sqlite_engine: Engine) -> Camera:
+    """A camera in front of an empty SQLite worklist."""
+    return Camera(sqlite_engine)
