@@ -1,0 +1,261 @@
+"""Deliberate faults in finished objects: each is found before the object may leave."""
+
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pydicom
+import pytest
+
+from dicom_node.report import check, codes
+from dicom_node.report.equipment import code_item
+from pipeline import overlay
+
+
+def _items(ds):
+    yield ds
+    for item in ds.get("ContentSequence") or ():
+        yield from _items(item)
+
+
+def _first(ds, code):
+    return next(
+        item
+        for item in _items(ds)
+        if item.get("ConceptNameCodeSequence") and item.ConceptNameCodeSequence[0].CodeValue == code.value
+    )
+
+
+def _rewritten(result, change):
+    ds = pydicom.dcmread(BytesIO(result.data))
+    change(ds)
+    buffer = BytesIO()
+    pydicom.dcmwrite(buffer, ds)
+    return replace(result, data=buffer.getvalue())
+
+
+def _verdict(ds):
+    coded = [item for item in _items(ds) if item.get("ConceptCodeSequence")]
+    return next(item for item in coded if item.ConceptCodeSequence[0].CodeMeaning == "Present")
+
+
+def _set(item, **values):
+    for keyword, value in values.items():
+        setattr(item, keyword, value)
+
+
+def _drop_comment(ds, words):
+    for item in _items(ds):
+        if words in item.get("TextValue", ""):
+            item.TextValue = "-"
+
+
+def _probability(ds):
+    return _first(ds, codes.PROBABILITY).MeasuredValueSequence[0]
+
+
+def _outline(ds):
+    return _first(ds, codes.IMAGE_REGION)
+
+
+def _sop_of_outline(ds):
+    return _outline(ds).ContentSequence[0].ReferencedSOPSequence[0]
+
+
+def _add_private(ds):
+    ds.private_block(0x0009, "GEMS_GENIE_1", create=True).add_new(0x40, "LO", "x")
+
+
+def _remove(ds, code):
+    gone = _first(ds, code)
+    for holder in _items(ds):
+        children = holder.get("ContentSequence") or ()
+        if any(child is gone for child in children):
+            holder.ContentSequence = [child for child in children if child is not gone]
+            return
+
+
+_SR_FAULTS = {
+    "another patient": (lambda ds: _set(ds, PatientID="X"), "PatientID is not the source's"),
+    "another issuer": (lambda ds: _set(ds, IssuerOfPatientID="X"), "IssuerOfPatientID is not"),
+    "another name": (lambda ds: _set(ds, PatientName="Other^Name"), "PatientName is not"),
+    "another birth date": (lambda ds: _set(ds, PatientBirthDate="19010101"), "PatientBirthDate is not"),
+    "another sex": (lambda ds: _set(ds, PatientSex="O"), "PatientSex is not"),
+    "another study": (lambda ds: _set(ds, StudyInstanceUID="1.2.3"), "StudyInstanceUID is not"),
+    "another order": (lambda ds: _set(ds, AccessionNumber="X"), "AccessionNumber is not"),
+    "another character set": (lambda ds: _set(ds, SpecificCharacterSet="ISO_IR 192"), "SpecificCharacterSet is not"),
+    "the camera's series": (lambda ds: _set(ds, SeriesInstanceUID=_sources_series(ds)), "is a UID of the sources"),
+    "a drawn UID": (lambda ds: _set(ds, SOPInstanceUID="2.25.7"), "SOPInstanceUID is not the one"),
+    "no document": (lambda ds: _set(ds, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.33"), "SOPClassUID is not"),
+    "another modality": (lambda ds: _set(ds, Modality="NM"), "Modality is not"),
+    "a private group": (_add_private, "a private element is there"),
+    "probability of 873 %": (lambda ds: _set(_probability(ds), NumericValue="873"), "not within 0 to 100"),
+    "probability below 0": (lambda ds: _set(_probability(ds), NumericValue="-1"), "not within 0 to 100"),
+    "probability as a fraction": (lambda ds: _set(_probability(ds), NumericValue="0.873"), "not that of the finding"),
+    "unit not UCUM": (
+        lambda ds: _set(_probability(ds).MeasurementUnitsCodeSequence[0], CodingSchemeDesignator="99X"),
+        "unit of the probability",
+    ),
+    "verdict turned round": (
+        lambda ds: _set(_verdict(ds), ConceptCodeSequence=[code_item(codes.VERDICTS["absent"])]),
+        "the verdict is not that of the finding",
+    ),
+    "verdict's meaning turned round": (
+        lambda ds: _set(_verdict(ds).ConceptCodeSequence[0], CodeMeaning="Absent"),
+        "has another meaning",
+    ),
+    "verdict twice": (lambda ds: ds.ContentSequence.append(_verdict(ds)), "said once"),
+    "no probability": (lambda ds: _remove(ds, codes.PROBABILITY), "does not stand exactly once"),
+    "no procedure": (lambda ds: _remove(ds, codes.PROCEDURE_REPORTED), "the procedure reported is missing"),
+    "no tracking UID": (lambda ds: _remove(ds, codes.TRACKING_UID), "has no tracking UID"),
+    "no outline": (lambda ds: _remove(ds, codes.IMAGE_REGION), "has no outline of its own"),
+    "no algorithm version": (lambda ds: _remove(ds, codes.ALGORITHM_VERSION), "Algorithm Version is missing"),
+    "outline on another frame": (lambda ds: _set(_sop_of_outline(ds), ReferencedFrameNumber=2), "not on the frame"),
+    "outline on no frame": (lambda ds: _set(_sop_of_outline(ds), ReferencedFrameNumber=99), "frame does not exist"),
+    "outline outside": (
+        lambda ds: _set(_outline(ds), GraphicData=[0.0, 0.0, 999.0, 0.0, 5.0, 5.0, 0.0, 0.0]),
+        "leaves the image",
+    ),
+    "outline open": (lambda ds: _set(_outline(ds), GraphicData=[1.0, 1.0, 9.0, 1.0, 5.0, 5.0, 2.0, 2.0]), "not closed"),
+    "reference to another scan": (
+        lambda ds: _set(_sop_of_outline(ds), ReferencedSOPInstanceUID="1.2.3"),
+        "a reference is not one of the sources",
+    ),
+    "reference to another class": (
+        lambda ds: _set(_sop_of_outline(ds), ReferencedSOPClassUID="1.2.840.10008.5.1.4.1.1.2"),
+        "another SOP class",
+    ),
+    "no digest": (
+        lambda ds: _set(ds.ContributingEquipmentSequence[0], SoftwareVersions="0.1.0"),
+        "model's version and digest",
+    ),
+    "no disclaimer": (lambda ds: _drop_comment(ds, "Not for diagnosis"), "the disclaimer is missing"),
+    "no release": (lambda ds: _drop_comment(ds, "DEMONSTRATION"), "what the release allows is missing"),
+    "no training data": (lambda ds: _drop_comment(ds, "rained on"), "what the model was trained on"),
+    "no DEMONSTRATION in the series": (lambda ds: _set(ds, SeriesDescription="Remnant"), "disagree on demonstration"),
+    "a finding called not analysed": (
+        lambda ds: _set(ds, SeriesDescription="DEMONSTRATION NOT ANALYSED"),
+        "disagree on whether",
+    ),
+    "a finding that nothing succeeded": (
+        lambda ds: _set(_verdict(ds), ConceptCodeSequence=[code_item(codes.NONE_SUCCEEDED)]),
+        "a finding says that no algorithm succeeded",
+    ),
+    "scheme unidentified": (lambda ds: ds.pop("CodingSchemeIdentificationSequence"), "is not identified"),
+    "a final report": (lambda ds: _set(ds, PreliminaryFlag="FINAL"), "PreliminaryFlag is not PRELIMINARY"),
+    "a verified report": (lambda ds: _set(ds, VerificationFlag="VERIFIED"), "VerificationFlag is not UNVERIFIED"),
+    "another time": (lambda ds: _set(ds, ContentTime="120000"), "ContentTime is not"),
+    "an offset of our own": (lambda ds: _set(ds, TimezoneOffsetFromUTC="+0100"), "TimezoneOffsetFromUTC is not"),
+}
+
+
+def _sources_series(ds):
+    return ds.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].SeriesInstanceUID
+
+
+@pytest.fixture(scope="module")
+def present(case):
+    made = case("present")
+    return made, made.render("sr"), made.render("sc")
+
+
+@pytest.mark.parametrize("fault", _SR_FAULTS)
+def test_a_faulty_report_does_not_leave(present, fault):
+    made, result, _ = present
+    change, said = _SR_FAULTS[fault]
+    faults = check(_rewritten(result, change), made.sources, made.outcome, made.context)
+    assert any(said in one for one in faults), faults
+    patient = made.sources[0]
+    assert not any(str(secret) in one for one in faults for secret in (patient.PatientName, patient.PatientID))
+
+
+def test_an_unchanged_report_that_was_only_rewritten_may_leave(present):
+    made, *results = present
+    for result in results:
+        assert check(_rewritten(result, lambda ds: None), made.sources, made.outcome, made.context) == ()
+
+
+_NOTE_FAULTS = {
+    "a verdict": (codes.RESIDUAL_TISSUE, codes.VERDICTS["absent"], "carries a verdict"),
+    "all succeeded, nothing found": (
+        codes.SUMMARY,
+        ("111241", "DCM", "All algorithms succeeded; without findings"),
+        "an algorithm succeeded",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", _NOTE_FAULTS)
+def test_a_note_that_could_be_read_as_negative_does_not_leave(case, fault):
+    made = case("low_counts")
+    name, value, said = _NOTE_FAULTS[fault]
+
+    def answer(ds):
+        item = _first(ds, codes.SUMMARY)
+        item.ConceptNameCodeSequence = [code_item(name)]
+        item.ConceptCodeSequence = [code_item(pydicom.sr.coding.Code(*value))]
+
+    faults = check(_rewritten(made.render(), answer), made.sources, made.outcome, made.context)
+    assert any(said in one for one in faults), faults
+    assert any("does not say that no algorithm succeeded" in one for one in faults)
+
+
+def test_a_note_with_the_figures_of_a_finding_does_not_leave(case, present):
+    note = case("low_counts")
+    figure = _first(pydicom.dcmread(BytesIO(present[1].data)), codes.PROBABILITY)
+    faulty = _rewritten(note.render(), lambda ds: ds.ContentSequence.append(figure))
+    assert any("carries a probability" in one for one in check(faulty, note.sources, note.outcome, note.context))
+
+
+def test_a_result_is_held_against_its_own_outcome(case, present):
+    made, document, picture = present
+    other = replace(made.outcome, finding="absent", probability=0.02)
+    assert any("the verdict" in one for one in check(document, made.sources, other, made.context))
+    assert any("picture" in one for one in check(picture, made.sources, other, made.context))
+    contradiction = replace(made.outcome, finding="absent")
+    assert any("contradict" in one for one in check(picture, made.sources, contradiction, made.context))
+    refused = case("low_counts")
+    assert len(check(document, made.sources, refused.outcome, made.context)) > 3
+
+
+def test_a_result_for_another_scan_does_not_leave(case, present):
+    _, document, _ = present
+    other = case("present", seed=4)
+    assert any("not one of the sources" in one for one in check(document, other.sources, other.outcome, other.context))
+
+
+_SC_FAULTS = {
+    "another picture": (lambda ds: _set(ds, PixelData=bytes(len(ds.PixelData))), "not that of the outcome"),
+    "a smaller picture": (lambda ds: _set(ds, Rows=100), "another size"),
+    "an original": (lambda ds: _set(ds, ImageType=["ORIGINAL", "PRIMARY"]), "ImageType is not"),
+    "identity in the pixels": (lambda ds: _set(ds, BurnedInAnnotation="YES"), "BurnedInAnnotation is not NO"),
+    "other words": (
+        lambda ds: _set(ds, ImageComments=ds.ImageComments.replace("PRESENT", "ABSENT")),
+        "do not say what the picture says",
+    ),
+    "no source": (lambda ds: ds.pop("SourceImageSequence") and ds.pop("ReferencedSeriesSequence"), "is not referenced"),
+    "another patient": (lambda ds: _set(ds, PatientID="X"), "PatientID is not the source's"),
+    "no disclaimer": (lambda ds: _set(ds, ImageComments="-"), "the disclaimer is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", _SC_FAULTS)
+def test_a_faulty_picture_does_not_leave(present, fault):
+    made, _, result = present
+    change, said = _SC_FAULTS[fault]
+    faults = check(_rewritten(result, change), made.sources, made.outcome, made.context)
+    assert any(said in one for one in faults), faults
+
+
+def test_the_picture_of_a_note_is_not_that_of_a_finding(case, present):
+    note = case("low_counts")
+    negative = overlay.draw(replace(present[0].outcome, finding="absent", probability=0.02))
+    faulty = _rewritten(note.render("sc"), lambda ds: _set(ds, PixelData=np.ascontiguousarray(negative).tobytes()))
+    assert any("not that of the outcome" in one for one in check(faulty, note.sources, note.outcome, note.context))
+
+
+@pytest.mark.parametrize("length", [0, 100, 131, 200, 400, 2000, 6001])
+def test_a_damaged_file_does_not_leave(present, length):
+    made, result, _ = present
+    faults = check(replace(result, data=result.data[:length]), made.sources, made.outcome, made.context)
+    assert faults
