@@ -15,6 +15,9 @@ from pynetdicom.dsutils import split_dataset
 from dicom_node.sender import Outcome, Parcel, Peer, accepted_classes, echo, send
 
 SC = "1.2.840.10008.5.1.4.1.1.7"
+# Orthanc is started once for each process of a parallel run: keep its tests together.
+pytestmark = pytest.mark.xdist_group("orthanc")
+
 COMPREHENSIVE_3D_SR = "1.2.840.10008.5.1.4.1.1.88.34"
 NO_STORAGE_CLASS = "1.2.840.10008.5.1.4.34.6.1"  # Unified Procedure Step: not taken for storage by anybody
 
