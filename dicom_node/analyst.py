@@ -117,15 +117,17 @@ def _serve(pipe: Connection, setup: Setup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log.set_up(as_json=setup.log_json, role="analyst")
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-    from pipeline.analyse import load_model
-
-    from dicom_node.answer import answer_files, compare
+    from dicom_node.answer import answer_files, compare, rehearse
     from models.weights import WeightsError
+    from pipeline.analyse import load_model
 
     try:
         model = load_model(setup.weights)
     except WeightsError as error:
         pipe.send(str(error))
+        return
+    if fault := rehearse(model, setup):
+        pipe.send(fault)
         return
     pipe.send("ready")
     with suppress(EOFError):

@@ -6,6 +6,7 @@ Everything here reads what came from the wire: in the node it runs only inside t
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
@@ -13,10 +14,12 @@ import numpy as np
 from pydicom import Dataset, dcmread
 
 from dicom_node import __version__, report
-from dicom_node.messages import Answer, Provenance, Rendered, Task, Version, Wanted
+from dicom_node.messages import Answer, Provenance, Rendered, Setup, Task, Version, Wanted
 from models.weights import LoadedModel
 from pipeline.analyse import analyse, model_facts
+from pipeline.camera import examination, expose
 from pipeline.finding import Declined, Finding, ModelFacts, ViewName
+from pipeline.phantom import phantom
 from pipeline.views import HeaderFacts, UnusableScan, facts_of, view_images
 
 KNOWN_BEFORE = frozenset({"ambiguous_views", "analysis_failed"})
@@ -65,6 +68,30 @@ def answer(
         again = _render_and_check(note, datasets, task, facts)
         return _told(note, () if isinstance(again, str) else again)
     return _told(outcome, made)
+
+
+def rehearse(model: LoadedModel, setup: Setup) -> str:
+    """Answer one simulated scan and throw the answer away; return what went wrong, "" if nothing did.
+
+    The first answer of a process costs seconds (libraries load code and make plans on first use), which no patient's
+    scan should wait for; and a node whose road is broken should say so at its start, not at the first scan.
+    """
+    datasets = expose(phantom(1, residual=True, stratum="uptake_1_up"), examination(1), "two_frames")
+    provenance = Provenance(
+        revision=1,
+        source_digests={str(ds.SOPInstanceUID): "0" * 64 for ds in datasets},
+        analysed_at=datetime(2000, 1, 1, tzinfo=UTC),
+        timezone="UTC",
+        ae_title="REHEARSAL",
+        codes={},
+        settings_fingerprint="rehearsal",
+        offline=True,
+    )
+    task = Task(paths=(), reason=None, provenance=provenance, wanted=(Wanted("sr"), Wanted("sc", "colour")))
+    told = answer(datasets, model, task, preprocessing=setup.preprocessing, require_views=setup.require_views)
+    if told.outcome == "failed":
+        return f"a simulated scan came back as {told.reason}: {told.detail}"
+    return ""
 
 
 def _told(outcome: Finding | Declined, results: tuple[Rendered, ...]) -> Answer:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,6 @@ from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.uid import SecondaryCaptureImageStorage
 from rich.console import Console
-from rich.table import Table
 from sqlalchemy import Engine
 
 from dicom_node import worklist
@@ -86,25 +85,29 @@ def run(directory: Path, *, scans: int, seed: int, keep: bool, console: Console)
         )
         try:
             port = _wait_until_ready(directory, node, log_path)
-            console.print(f"node on port {port}, archive on port {archive.port}, both on loopback; log in {log_path}")
+            _say(console, f"node on port {port}, archive on port {archive.port}, both on loopback; log in {log_path}")
             database = directory / "var" / "worklist.db"
             engine = worklist.open_worklist(f"sqlite:///{database}")
-            lines = _send_all(_sendings(scans, seed), directory, port, archive, engine)
+            camera = directory / "camera"
+            camera.mkdir()
+            lines = []
+            heads = ("sent", "truth (simulated)", "state", "finding", "prob.", "reason", "objects", "seconds", "")
+            _say(console, _COLUMNS.format(*heads), style="bold")
+            for sending in _sendings(scans, seed):
+                lines.append(_send_one(sending, camera, port, archive, engine))
+                _print(console, lines[-1])
             engine.dispose()
-            _print(console, lines)
             pictures, reports = _show(directory, archive)
-            console.print(f"pictures: {pictures}\nreports:  {reports}\nobjects:  {directory / 'archive'}")
-            console.print(f"worklist: remnant worklist list --config {config}, or the view worklist in {database}")
+            _say(console, f"pictures: {pictures}\nreports:  {reports}\nobjects:  {directory / 'archive'}")
+            _say(console, f"worklist: remnant worklist list --config {config}, or the view worklist in {database}")
             if keep:
-                console.print(f"Node and archive go on: send to REMNANT at 127.0.0.1:{port}. Ctrl-C ends them.")
+                _say(console, f"Node and archive go on: send to REMNANT at 127.0.0.1:{port}. Ctrl-C ends them.")
                 _wait_for_interrupt(node)
         finally:
             _stop(node)
             archive.stop()
     good = all(not line.faults for line in lines)
-    console.print(
-        "[green]Every line is as it must be.[/green]" if good else "[red]Some lines are not as they must be.[/red]"
-    )
+    _say(console, "Every line is as it must be." if good else "Some lines are not as they must be.")
     return good
 
 
@@ -172,12 +175,6 @@ def _renumbered(ds: Dataset, index: int) -> Dataset:
     return ds
 
 
-def _send_all(sendings: Sequence[Sending], directory: Path, port: int, archive: Archive, engine: Engine) -> list[Line]:
-    camera = directory / "camera"
-    camera.mkdir()
-    return [_send_one(sending, camera, port, archive, engine) for sending in sendings]
-
-
 def _send_one(sending: Sending, camera: Path, port: int, archive: Archive, engine: Engine) -> Line:
     faults: list[str] = []
     started = time.monotonic()
@@ -198,7 +195,7 @@ def _send_one(sending: Sending, camera: Path, port: int, archive: Archive, engin
         row = _row_of(engine, str(sending.acquisition_of[0].SOPInstanceUID))
         if row is None:
             return None, 0
-        uids = {result["sop_instance_uid"] for result in json.loads(row["results"] or "[]")}
+        uids = {result["sop_instance_uid"] for result in row["results"]}
         return row, sum(entry.sop_instance_uid in uids for entry in archive.objects())
 
     row, in_archive = _wait(look, lambda seen: seen[0] is not None and seen[0]["state"] in worklist.REST)
@@ -231,23 +228,32 @@ def _wait(look: Callable[[], Any], good: Callable[[Any], bool], limit_s: float =
     return seen
 
 
-def _print(console: Console, lines: Sequence[Line]) -> None:
-    table = Table("sent", "truth (simulated)", "state", "finding", "probability", "reason", "in archive", "seconds", "")
-    for line in lines:
-        row = line.row or {}
-        probability = row.get("probability")
-        table.add_row(
+_COLUMNS = "{:<34} {:<26} {:<10} {:<13} {:>6}  {:<13} {:>7} {:>8}  {}"
+
+
+def _print(console: Console, line: Line) -> None:
+    row = line.row or {}
+    probability = row.get("probability")
+    _say(
+        console,
+        _COLUMNS.format(
             line.sending.title,
             line.sending.truth,
             str(row.get("state", "")),
             str(row.get("finding") or ""),
             "" if probability is None else f"{probability:.3f}",
             str(row.get("reason") or ""),
-            str(line.in_archive),
+            line.in_archive,
             f"{line.seconds:.2f}",
-            "[red]" + "; ".join(line.faults) + "[/red]" if line.faults else "[green]as it must be[/green]",
-        )
-    console.print(table)
+            "NOT as it must be: " + "; ".join(line.faults) if line.faults else "as it must be",
+        ),
+        style="red" if line.faults else "",
+    )
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """One line for one fact, however wide: a wrapped table cannot be read or searched."""
+    console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
 
 
 def _show(directory: Path, archive: Archive) -> tuple[Path, Path]:

@@ -40,7 +40,8 @@ class Provenance:
 
     `source_digests` maps SOPInstanceUID to the SHA-256 of the received dataset; `analysed_at` is aware, UTC;
     `predecessors` are (SOPClassUID, SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID) of the Structured Reports that
-    this revision replaces; `offline` chooses the UID namespace of `remnant analyse`, so that its results never pass for the node's.
+    this revision replaces; `offline` chooses the UID namespace of `remnant analyse`, whose results must never pass for
+    the node's.
     """
 
     revision: int

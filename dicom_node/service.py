@@ -208,7 +208,9 @@ def _stop_on_signals(stop: threading.Event) -> None:
 
 
 def _stop_with_supervisor(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: its lock, held by this thread for ever, would crash the interpreter's shutdown.
+    while os.read(0, 4096):
+        pass
     stop.set()
 
 

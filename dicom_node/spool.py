@@ -1,7 +1,8 @@
 """Bytes on disk: received objects and rendered results.
 
 `put_*` returns only when the bytes and the name are durable: temporary file, write, fsync, rename, fsync of the folder.
-A file under its final name is therefore whole; what lies in `incoming` or `rendering` is not, and goes at the next start.
+A file under its final name is therefore whole; what lies in `incoming` or `rendering` is not, and goes at
+the next start.
 Names are SHA-256 digests of the content and never come from the wire, so a name cannot lead outside the spool, and the
 same bytes sent twice are one file. A file an object (not a segment): an admin can look at it with any DICOM tool.
 
