@@ -259,3 +259,15 @@ def test_a_damaged_file_does_not_leave(present, length):
     made, result, _ = present
     faults = check(replace(result, data=result.data[:length]), made.sources, made.outcome, made.context)
     assert faults
+
+
+def test_whatever_is_broken_in_a_file_ends_in_an_answer_and_never_in_an_exception(present):
+    made, result, _ = present
+    rng = np.random.default_rng(5)
+    found = 0
+    for _ in range(80):
+        data = bytearray(result.data)
+        for place in rng.integers(132, len(data), size=3):
+            data[place] = rng.integers(256)
+        found += bool(check(replace(result, data=bytes(data)), made.sources, made.outcome, made.context))
+    assert found > 40
