@@ -16,7 +16,20 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, text
 
-from dicom_node.worklist import IntakeRules, Receipt, Stored, open_worklist, receive, upgrade
+from dicom_node.worklist import (
+    Claim,
+    IntakeRules,
+    NewResult,
+    Receipt,
+    Stored,
+    claim,
+    due_deliveries,
+    finish,
+    open_worklist,
+    receive,
+    record_delivery,
+    upgrade,
+)
 from pipeline.views import FrameFacts, HeaderFacts
 
 
@@ -141,3 +154,51 @@ def camera(engine: Engine) -> Camera:
 def sqlite_camera(sqlite_engine: Engine) -> Camera:
     """A camera in front of an empty SQLite worklist."""
     return Camera(sqlite_engine)
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Claims and finishes rows with results whose UIDs follow from row and revision, as the real ones do."""
+
+    engine: Engine
+    owner: str = "host:work"
+    boot: str = "boot-1"
+
+    def claim(self) -> Claim:
+        claimed = claim(self.engine, self.owner, self.boot)
+        assert claimed is not None, "nothing was due"
+        return claimed
+
+    def results(self, held: Claim, *kinds: str) -> list[NewResult]:
+        return [
+            NewResult(
+                kind=kind,
+                variant="",
+                sop_class_uid=f"1.2.840.10008.5.1.4.1.1.88.{number}",
+                sop_instance_uid=f"2.25.{held.scan_id}{held.revision:03}{number}",
+                series_instance_uid=f"2.25.{held.scan_id}{held.revision:03}",
+                sha256=hashlib.sha256(f"{held.scan_id} {held.revision} {kind}".encode()).hexdigest(),
+                file_name=f"{held.scan_id}-{held.revision}-{kind}.dcm",
+            )
+            for number, kind in enumerate(kinds, start=1)
+        ]
+
+    def finish(self, held: Claim, *destinations: str, kinds: tuple[str, ...] = ("sr", "sc"), **changed: Any) -> str:
+        """Finish with a finding for these destinations, or with what `changed` says."""
+        results = self.results(held, *kinds)
+        answer = {"outcome": "analysed", "finding": "present", "probability": 0.875, "model": "net 1"} | changed
+        pairs = [(one.sop_instance_uid, name) for one in results for name in destinations]
+        return finish(self.engine, held, results=results, deliveries=pairs, **answer)
+
+    def deliver(self, destination: str = "pacs", state: str = "acknowledged") -> int:
+        """Let everything that is due at a destination end so; returns how many."""
+        due = due_deliveries(self.engine, destination, owner="sender", limit=100, hold_s=60)
+        for one in due:
+            record_delivery(self.engine, one.id, state=state, status=0 if state == "acknowledged" else 0xA900)
+        return len(due)
+
+
+@pytest.fixture
+def worker(engine: Engine) -> Worker:
+    """A worker at the worklist of `camera`."""
+    return Worker(engine)
