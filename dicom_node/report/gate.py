@@ -59,7 +59,8 @@ def check(
         ordered = identity.in_one_order(sources)
         try:
             ds = pydicom.dcmread(BytesIO(result.data))
-            ds.walk(lambda _, element: None)  # decodes every element, so that a damaged one shows here
+            for part in (ds.file_meta, ds):
+                part.walk(lambda _, element: None)  # decodes every element, so that a damaged one shows here
         except Exception as error:  # noqa: BLE001 - a parser fails in many ways on damaged bytes; each is a fault
             return (f"the object cannot be read back ({type(error).__name__})",)
         case = _Case(ds, result, ordered, outcome, context)
