@@ -76,9 +76,14 @@ def test_a_server_that_is_away_is_an_error_that_names_no_password(tmp_path):
 
 def test_a_transaction_that_fails_in_the_middle_leaves_nothing(camera):
     camera.send("scan")
-    with pytest.raises(ZeroDivisionError), writing(camera.engine) as conn:
-        conn.execute(text("UPDATE scan SET last_error = 'half'"))
-        raise ZeroDivisionError
+
+    def fail_half_way():
+        with writing(camera.engine) as conn:
+            conn.execute(text("UPDATE scan SET last_error = 'half'"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert worklist.rows(camera.engine)[0]["last_error"] is None
 
 
