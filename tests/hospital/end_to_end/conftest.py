@@ -1,0 +1,209 @@
+"""A real node: `remnant` processes in a folder of their own, and a camera that is DCMTK's storescu."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import Dataset
+
+START_S = 120.0
+WAIT_S = 60.0
+REST = ("delivered", "declined", "failed")
+
+
+def wait_for(look: Callable[[], Any], what: str, limit_s: float = WAIT_S) -> Any:
+    """Return the first truthy value of `look`; fail with `what` after a bounded time."""
+    deadline = time.monotonic() + limit_s
+    pause = threading.Event()
+    while True:
+        seen = look()
+        if seen:
+            return seen
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not within {limit_s:.0f} s")
+        pause.wait(0.02)
+
+
+@dataclass
+class Node:
+    """The node's processes and what a person can see of them from outside."""
+
+    directory: Path
+    config: Path
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "node.log").read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def database(self) -> Path:
+        return self.directory / "var" / "worklist.db"
+
+    def start(self, role: str = "serve") -> "Node":
+        """Start `remnant ROLE` and wait until what it runs is ready."""
+        with (self.directory / "node.log").open("ab") as log:
+            self.processes[role] = subprocess.Popen(
+                [sys.executable, "-m", "dicom_node.cli", role, "--config", str(self.config)],
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        for one in ("receive", "work", "send") if role == "serve" else (role,):
+            self.wait_until_ready(one)
+        return self
+
+    def wait_until_ready(self, role: str) -> None:
+        def ready() -> bool:
+            ended = [name for name, process in self.processes.items() if process.poll() is not None]
+            assert not ended, f"{ended} ended: {self.log[-3000:]}"
+            return self.pid(role) is not None
+
+        wait_for(ready, f"{role} ready", START_S)
+
+    def announced(self, role: str) -> dict[str, Any]:
+        path = self.directory / "var" / "run" / f"{role}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def pid(self, role: str) -> int | None:
+        """The process that runs a role now; None while there is none."""
+        pid = self.announced(role).get("pid")
+        if pid is None or not Path(f"/proc/{pid}/cmdline").exists():
+            return None
+        return pid if role.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") else None
+
+    @property
+    def port(self) -> int:
+        return int(self.announced("receive")["port"])
+
+    def kill(self, role: str) -> None:
+        """kill -9 of the process that runs a role."""
+        pid = self.pid(role)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        process = self.processes.pop(role, None)
+        if process is not None:
+            process.wait()
+        wait_for(lambda: not Path(f"/proc/{pid}").exists() or "Z" in _status(pid), f"{role} dead")
+
+    def stop(self) -> None:
+        """SIGTERM to whatever was started here; all of it must end in order."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            process.wait(30)
+        self.processes.clear()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The view `worklist`, read as an admin would: a plain SQLite connection beside the running node."""
+        if not self.database.exists():
+            return []
+        with closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            return [dict(row) for row in connection.execute("select * from worklist order by id")]
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as connection:
+            return connection.execute(sql).fetchall()
+
+    def wait_for_rows(self, count: int, states: Sequence[str] = REST) -> list[dict[str, Any]]:
+        """Wait until there are `count` rows and all are in one of `states`."""
+
+        def settled() -> list[dict[str, Any]]:
+            rows = self.rows()
+            return rows if len(rows) == count and all(row["state"] in states for row in rows) else []
+
+        try:
+            return list(wait_for(settled, f"{count} rows in {states}"))
+        except BaseException:
+            sys.stderr.write(json.dumps(self.rows(), indent=1, ensure_ascii=True) + self.log[-4000:])
+            raise
+
+    def results(self) -> dict[str, bytes]:
+        """SOP Instance UID -> bytes of every result object the node rendered."""
+        return {
+            uid: (self.directory / "var" / "results" / name).read_bytes()
+            for uid, name in self.query("select sop_instance_uid, file_name from result")
+        }
+
+
+def _status(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    """Make a node that sends to `destinations` (anything with ae_title and a port); it is not started yet."""
+    made: list[Node] = []
+
+    def make(*destinations: Any, timing: str = "", **analysis: Any) -> Node:
+        directory = tmp_path / f"node{len(made)}"
+        directory.mkdir()
+        parts = [
+            '[node]\nhost = "127.0.0.1"\nport = 0\n[storage]\nmin_free = "1 MiB"\n',
+            "[delivery]\nfirst_retry_s = 0.2\nmax_retry_s = 1\ntimeout_s = 10\n" + timing,
+            "[analysis]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in analysis.items()),
+            '[[sources]]\nae_title = "OPTIMA1"\nhosts = ["127.0.0.1"]\n',
+        ]
+        for index, destination in enumerate(destinations):
+            port = getattr(destination, "dicom_port", None) or destination.port
+            parts.append(
+                f'[[destinations]]\nname = "pacs{index}"\nae_title = "{destination.ae_title}"\n'
+                f'host = "127.0.0.1"\nport = {port}\ntest = true\n'
+            )
+        config = directory / "node.toml"
+        config.write_text("".join(parts))
+        node = Node(directory, config)
+        made.append(node)
+        return node
+
+    yield make
+    for node in made:
+        node.stop()
+
+
+@pytest.fixture
+def camera(peer: Callable[[str], Path], tmp_path: Path) -> Callable[..., None]:
+    """Send objects as a camera does, with DCMTK's storescu; fail unless every one got Success."""
+    storescu = peer("/usr/bin/storescu")
+
+    def send(
+        port: int, objects: Sequence[Dataset], *options: str, calling: str = "OPTIMA1", called: str = "REMNANT"
+    ) -> str:
+        folder = tmp_path / "camera"
+        folder.mkdir(exist_ok=True)
+        files = []
+        for ds in objects:
+            path = folder / f"{ds.SOPInstanceUID}.dcm"
+            ds.save_as(path, enforce_file_format=True)
+            files.append(str(path))
+        done = subprocess.run(
+            [str(storescu), "-v", "-R", "-aet", calling, "-aec", called, *options, "127.0.0.1", str(port), *files],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "TCP_NODELAY": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Status: Success") + done.stderr.count("(Success)") >= len(files), done.stderr
+        return done.stdout + done.stderr
+
+    return send
