@@ -325,7 +325,7 @@ class Settings(BaseSettings):
         return ZoneInfo(self.node.timezone or _system_zone())
 
 
-OUR_CODES = ("RMN001", "RMN002", "RMN003", "RMN004")
+OUR_CODES = tuple(f"RMN{number:03d}" for number in range(1, 8))
 
 
 def load(path: Path | None = None) -> Settings:
