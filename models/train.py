@@ -93,8 +93,9 @@ def train(
     no number, and a checkpoint that belongs to other settings or data.
     """
     _check(images, labels)
-    torch.manual_seed(settings.seed)
-    network = build(settings.architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = build(settings.architecture)
     if initial is not None:
         network.load_state_dict(initial)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -102,7 +103,9 @@ def train(
     identity = _identity(images, labels, settings, initial)
     done = _resume(checkpoint, identity, network, optimizer)
     for epoch in range(done, settings.epochs):
-        loss = _epoch(network, optimizer, images, labels, settings, epoch)
+        with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
+            torch.manual_seed(settings.seed * 1_000_003 + epoch)
+            loss = _epoch(network, optimizer, images, labels, settings, epoch)
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {epoch + 1} is not a number; lower the learning rate")
         if checkpoint is not None:

@@ -34,7 +34,7 @@ PLANS: Final = {
     "test": CohortPlan(300_000, 600),
     "strata": CohortPlan(400_000, 800, stratum_period=1, stratum_run=1),
 }
-SETTINGS: Final = TrainingSettings(stages=((8, 112), (4, 224)), learning_rate=1e-3)
+SETTINGS: Final = TrainingSettings(stages=((5, 112), (1, 224)), learning_rate=1e-3)
 
 
 def fused(cohort: Cohort, network: nn.Module, settings: TrainingSettings) -> NDArray[np.float64]:
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demonstration weights on simulated scans.")
     parser.add_argument("--work", type=Path, required=True, help="folder for cohorts (2 GB), checkpoint and result")
     parser.add_argument("--processes", type=int, default=2, help="processes that simulate")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch; another number may change last bits")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch; the shipped weights were made with 1")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = make(arguments.work, arguments.processes, lambda line: print(line, file=sys.stderr, flush=True))

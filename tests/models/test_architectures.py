@@ -1,0 +1,62 @@
+"""The three networks, and the import of torchvision beside a CPU torch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models.architectures import ARCHITECTURES, UnknownArchitecture, build, class_activation
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_network_gives_two_logits_for_a_picture(architecture: str) -> None:
+    torch.manual_seed(1)
+    network = build(architecture).eval()
+    with torch.inference_mode():
+        output = network(torch.randn(2, 3, 224, 224))
+    assert output.shape == (2, 2)
+    assert bool(torch.isfinite(output).all())
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "squeezenet1_1"])
+def test_the_evidence_map_averages_to_the_logit(architecture: str) -> None:
+    torch.manual_seed(2)
+    network = build(architecture).eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        output = network(images)
+        evidence = class_activation(architecture, network, images)
+    assert evidence is not None
+    difference = output[:, 1] - output[:, 0]
+    if architecture == "resnet18":
+        bias = network.get_parameter("fc.bias")
+        difference = difference - (bias[1] - bias[0]).detach()
+        assert torch.allclose(evidence.mean(dim=(1, 2)), difference, atol=1e-4)
+    else:
+        # SqueezeNet rectifies its map before the average, so only the map's shape is bound to the logit.
+        assert evidence.shape == (2, 13, 13)
+
+
+def test_a_network_without_a_map_says_so() -> None:
+    network = build("shufflenet_v2_x1_0").eval()
+    assert class_activation("shufflenet_v2_x1_0", network, torch.zeros(1, 3, 224, 224)) is None
+
+
+def test_an_unknown_architecture_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UnknownArchitecture, match=r"'vgg16'.*resnet18"):
+        build("vgg16")
+
+
+def test_torchvision_imports_in_a_fresh_process_without_a_warning_and_may_be_asked_twice() -> None:
+    program = (
+        "from models.torchvision_cpu import torchvision_models\n"
+        "assert torchvision_models() is torchvision_models()\n"
+        "import torchvision.transforms.v2\n"
+        "print(torchvision_models().resnet18(weights=None, num_classes=2).fc.out_features)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2"
