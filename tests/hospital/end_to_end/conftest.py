@@ -207,3 +207,9 @@ def camera(peer: Callable[[str], Path], tmp_path: Path) -> Callable[..., None]:
         return done.stdout + done.stderr
 
     return send
+
+
+@pytest.fixture(scope="session")
+def wait() -> Callable[..., Any]:
+    """`wait(look, what)`: the first truthy value of `look`, within a bounded time."""
+    return wait_for
