@@ -42,8 +42,12 @@ def open_spool(directory: Path, min_free: int) -> Spool:
         min_free=min_free,
     )
     try:
-        for folder in (spool.incoming, spool.rendering, spool.objects, spool.results, spool.run):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # Each by itself: `parents` would give what lies between the umask's mode.
+        for folder in (directory, spool.objects.parent, spool.results, spool.run):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        for folder in (spool.incoming, spool.rendering, spool.objects):
+            folder.mkdir(mode=0o700, exist_ok=True)
         for shelf in (spool.objects, spool.results):
             # All shelves now, so that storing an object never has to make one durable.
             for number in range(256):
