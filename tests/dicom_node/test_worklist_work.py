@@ -187,8 +187,12 @@ def test_a_lease_is_broken_only_where_its_counter_stands_still(camera, worker):
     assert worklist.break_lease(camera.engine, after) is True
     assert worklist.observe_leases(camera.engine) == ()
 
-    again = worker.claim()
+    worker.claim()
+    (fresh,) = worklist.observe_leases(camera.engine)
     assert worklist.break_lease(camera.engine, after) is False, "the same process, but another lease"
+    assert worklist.break_lease(camera.engine, fresh) is True
+    again = worker.claim()
+    assert worklist.break_lease(camera.engine, fresh) is False, "no heartbeat since either claim, and yet another lease"
     assert worklist.heartbeat(camera.engine, held) is False
     assert worklist.heartbeat(camera.engine, again) is True
 
