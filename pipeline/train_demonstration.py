@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +37,7 @@ PLANS: Final = {
 SETTINGS: Final = TrainingSettings(stages=((5, 112), (1, 224)), learning_rate=1e-3)
 
 
-def fused(cohort: Cohort, network: nn.Module, settings: TrainingSettings) -> NDArray[np.float64]:
+def view_logits(cohort: Cohort, network: nn.Module, settings: TrainingSettings) -> NDArray[np.float64]:
     """Logits of each view, (P, 2), float64."""
     return logits(network, cohort.images, settings).astype(np.float64).reshape(len(cohort.labels), -1)
 
@@ -75,17 +75,24 @@ def _by_stratum(cohort: Cohort, probability: NDArray[np.float64], threshold: flo
     return rows
 
 
-def make(work: Path, processes: int, say: Callable[[str], None]) -> Path:
+def make(
+    work: Path,
+    processes: int,
+    say: Callable[[str], None],
+    *,
+    plans: Mapping[str, CohortPlan] = PLANS,
+    settings: TrainingSettings = SETTINGS,
+) -> Path:
     """All of it. Returns the path of the written record."""
     cohorts = {}
-    for name, plan in PLANS.items():
+    for name, plan in plans.items():
         say(f"{name} cohort: {plan.pairs} pairs")
         cohorts[name] = phantom_cohort(work / "cohorts", plan, processes=processes)
     training, validation = cohorts["training"], cohorts["validation"]
     started = time.monotonic()
 
     def after_epoch(report: EpochReport, network: nn.Module) -> None:
-        values = fused(validation, network, SETTINGS)
+        values = view_logits(validation, network, settings)
         area = metrics.roc_auc(validation.labels, values.mean(axis=1))
         say(
             f"epoch {report.epoch}/{report.epochs}: loss {report.loss:.4f}, validation AUC {area:.4f}, "
@@ -95,15 +102,15 @@ def make(work: Path, processes: int, say: Callable[[str], None]) -> Path:
     network = train(
         training.images,
         training.image_labels,
-        SETTINGS,
+        settings,
         checkpoint=work / "checkpoint.pt",
         after_epoch=after_epoch,
     )
     result = work / "result"
-    path = weights.save(result, _record(training), network)
+    path = weights.save(result, _record(training, plans, settings), network)
     rounded = weights.load(str(path)).network
 
-    values = fused(validation, rounded, SETTINGS)
+    values = view_logits(validation, rounded, settings)
     areas = {
         fusion: metrics.roc_auc(validation.labels, _probability(values, fusion, None)) for fusion in weights.FUSIONS
     }
@@ -115,15 +122,23 @@ def make(work: Path, processes: int, say: Callable[[str], None]) -> Path:
     figures = _figures(validation, probability, threshold, "validation")
     strata = {}
     for name in ("test", "strata"):
-        measured = _probability(fused(cohorts[name], rounded, SETTINGS), fusion, temperature)
+        say(f"measuring on {name}")
+        values = view_logits(cohorts[name], rounded, settings)
+        measured = _probability(values, fusion, temperature)
         figures |= _figures(cohorts[name], measured, threshold, name)
         strata[name] = _by_stratum(cohorts[name], measured, threshold)
-    for view, place in (("anterior", 0), ("posterior", 1)):
-        alone = fused(cohorts["test"], rounded, SETTINGS)[:, place]
-        figures[f"test_auc_{view}_alone"] = metrics.roc_auc(cohorts["test"].labels, alone)
-    figures["test_auc_mask_alone"] = metrics.roc_auc(cohorts["test"].labels, cohorts["test"].masked.sum(axis=1))
+        for view, place in (("anterior", 0), ("posterior", 1)):
+            figures[f"{name}_auc_{view}_alone"] = metrics.roc_auc(cohorts[name].labels, values[:, place])
+        # What GrabCut alone knows, and what the network knows without it: the masked plane replaced by the whole one.
+        figures[f"{name}_auc_of_mask_kept_or_not"] = metrics.roc_auc(
+            cohorts[name].labels, cohorts[name].masked.sum(axis=1)
+        )
+        blind = dataclasses.replace(cohorts[name], planes=cohorts[name].planes[:, :, [0, 1, 1]])
+        figures[f"{name}_auc_without_mask"] = metrics.roc_auc(
+            blind.labels, _probability(view_logits(blind, rounded, settings), fusion, temperature)
+        )
     record = dataclasses.replace(
-        _record(training), fusion=fusion, temperature=temperature, threshold=threshold, metrics=figures
+        _record(training, plans, settings), fusion=fusion, temperature=temperature, threshold=threshold, metrics=figures
     )
     path = weights.save(result, record, network)
     report = {"fusion_auc": areas, "threshold": threshold, "temperature": temperature, "figures": figures} | strata
@@ -131,7 +146,7 @@ def make(work: Path, processes: int, say: Callable[[str], None]) -> Path:
     return path
 
 
-def _record(training: Cohort) -> weights.WeightsRecord:
+def _record(training: Cohort, plans: Mapping[str, CohortPlan], settings: TrainingSettings) -> weights.WeightsRecord:
     spacing, total = training.spacing_mm.astype(float), training.total_counts.astype(float)
     return weights.WeightsRecord(
         schema=weights.SCHEMA,
@@ -139,23 +154,23 @@ def _record(training: Cohort) -> weights.WeightsRecord:
         version="1",
         file=f"{NAME}.safetensors",
         sha256="0" * 64,
-        architecture=SETTINGS.architecture,
+        architecture=settings.architecture,
         preprocessing="native",
         preprocessing_version=PREPROCESSING_VERSION,
-        input=weights.InputFormat(SIZE, SETTINGS.mean, SETTINGS.std),
+        input=weights.InputFormat(SIZE, settings.mean, settings.std),
         threshold=0.5,
         operating_point=(
             "the fused probability with the greatest sensitivity + specificity on the validation cohort "
-            f"({PLANS['validation'].pairs} simulated pairs, half of them residual)"
+            f"({plans['validation'].pairs} simulated pairs, half of them residual)"
         ),
         undetermined_band=None,
         temperature=None,
         fusion="mean_logit",
         release="demonstration",
         data=(
-            f"{PLANS['training'].pairs} simulated pairs of anterior and posterior neck views from pipeline.phantom for "
-            f"training, {PLANS['validation'].pairs} for choosing fusion, temperature and threshold, "
-            f"{PLANS['test'].pairs} of the natural mixture and {PLANS['strata'].pairs} of the named strata for "
+            f"{plans['training'].pairs} simulated pairs of anterior and posterior neck views from pipeline.phantom for "
+            f"training, {plans['validation'].pairs} for choosing fusion, temperature and threshold, "
+            f"{plans['test'].pairs} of the natural mixture and {plans['strata'].pairs} of the named strata for "
             "measuring; no seed in two of them; trained from random weights, no pre-training; "
             "no patient's image at any point"
         ),
