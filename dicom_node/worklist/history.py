@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from types import MappingProxyType
 
-from sqlalchemy import Connection, Engine, RowMapping, func, insert, select
+from sqlalchemy import Connection, Engine, RowMapping, bindparam, func, insert, select
 
-from dicom_node.worklist.clock import read_clock
+from dicom_node.worklist.clock import now
 from dicom_node.worklist.engine import NODE_EVENTS_LOCK, lock, reading, writing
 from dicom_node.worklist.tables import event_table
 
@@ -49,6 +49,21 @@ EVENTS = MappingProxyType(
 """The closed list of events: name -> what it says."""
 
 
+_newest = (
+    select(event_table.c.sequence, event_table.c.digest)
+    .where(func.coalesce(event_table.c.scan_id, 0) == bindparam("whose"))
+    .order_by(event_table.c.sequence.desc())
+    .limit(1)
+    .subquery()
+)
+# One row always: the database's time, and the end of the chain or nulls.
+_HEAD = select(
+    now().label("at"),
+    select(_newest.c.sequence).scalar_subquery().label("sequence"),
+    select(_newest.c.digest).scalar_subquery().label("digest"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One line of the history. `scan_id` is None for the node's own."""
@@ -80,23 +95,18 @@ def append(
         raise KeyError(event)
     if scan_id is None:
         lock(conn, NODE_EVENTS_LOCK)
-    head = conn.execute(
-        select(event_table.c.sequence, event_table.c.digest)
-        .where(func.coalesce(event_table.c.scan_id, 0) == (scan_id or 0))
-        .order_by(event_table.c.sequence.desc())
-        .limit(1)
-    ).first()
+    head = conn.execute(_HEAD, {"whose": scan_id or 0}).one()
     fields: dict[str, str | int | None] = {
         "scan_id": scan_id,
-        "sequence": 1 if head is None else head.sequence + 1,
-        "at": read_clock(conn),
+        "sequence": (head.sequence or 0) + 1,
+        "at": head.at,
         "revision": revision,
         "event": event,
         "from_state": from_state,
         "to_state": to_state,
         "detail": detail,
     }
-    conn.execute(insert(event_table).values(**fields, digest=_digest("" if head is None else head.digest, fields)))
+    conn.execute(insert(event_table).values(**fields, digest=_digest(head.digest or "", fields)))
 
 
 def record_event(engine: Engine, event: str, detail: str = "") -> None:

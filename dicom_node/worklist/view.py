@@ -91,7 +91,9 @@ def scan_of(engine: Engine, sop_instance_uid: str) -> int | None:
     """The id of the row on which a received object hangs; None where it was never received."""
     with reading(engine) as conn:
         found: int | None = conn.scalar(
-            select(instance.c.scan_id).where(instance.c.sop_instance_uid == sop_instance_uid).order_by(instance.c.version)
+            select(instance.c.scan_id)
+            .where(instance.c.sop_instance_uid == sop_instance_uid)
+            .order_by(instance.c.version)
         )
         return found
 

@@ -5,10 +5,12 @@ import re
 import subprocess
 
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from dicom_node import worklist
+from dicom_node.worklist import schema
 from dicom_node.worklist.tables import VIEW_COLUMNS, metadata
 
 
@@ -68,6 +70,10 @@ def test_upgrading_twice_does_nothing_and_an_empty_file_is_not_current(worklist_
         assert worklist.check(engine) == ()
     finally:
         engine.dispose()
+
+
+def test_the_revision_we_name_is_the_newest_migration():
+    assert ScriptDirectory.from_config(schema.alembic_config()).get_heads() == [schema.REVISION]
 
 
 def test_a_database_of_a_newer_version_is_left_alone(engine):
