@@ -39,12 +39,14 @@ class TrainingSettings:
     ----------
     stages: (epochs, edge) in sequence: pictures are averaged down to `edge` pixels in the early stages, which costs a
         quarter at half the edge. The last stage's edge is what the network will judge at.
+    epoch_images: images drawn in an epoch; None draws as many as there are.
     learning_rate: at the start; it falls to 1 % of it along half a cosine. 1e-5 suits pre-trained weights only.
     flip, shift: augmentation: mirror left-right with chance one half; move by up to `shift` pixels of 224.
     """
 
     architecture: str = "resnet18"
     stages: tuple[tuple[int, int], ...] = ((10, 224),)
+    epoch_images: int | None = None
     batch_size: int = 16
     learning_rate: float = 1e-3
     seed: int = 131
@@ -154,7 +156,9 @@ def _epoch(
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
     share = labels.mean()
     weights = np.where(labels == 1, 1 / share, 1 / (1 - share)).tolist()
-    order = list(WeightedRandomSampler(weights, len(labels), replacement=True, generator=generator))
+    order = list(
+        WeightedRandomSampler(weights, settings.epoch_images or len(labels), replacement=True, generator=generator)
+    )
     edge, size = settings.edge(epoch), settings.batch_size
     starts = range(0, len(order) - size + 1, size) or range(1)  # batch normalisation wants no rest of one picture
     network.train()

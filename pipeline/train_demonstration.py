@@ -34,7 +34,7 @@ PLANS: Final = {
     "test": CohortPlan(300_000, 600),
     "strata": CohortPlan(400_000, 800, stratum_period=1, stratum_run=1),
 }
-SETTINGS: Final = TrainingSettings(stages=((5, 112), (1, 224)), learning_rate=1e-3)
+SETTINGS: Final = TrainingSettings(stages=((2, 112), (2, 224)), epoch_images=2_200, learning_rate=1e-3)
 
 
 def view_logits(cohort: Cohort, network: nn.Module, settings: TrainingSettings) -> NDArray[np.float64]:
