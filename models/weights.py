@@ -148,7 +148,7 @@ def find(name_or_path: str) -> WeightsPlace:
                 f"{record_path.name!r} is not a weights record: give the path of its .json file, not of the tensors"
             )
     record = _read_record(record_path)
-    folder = SHIPPED if record_path.parent == CARDS else record_path.parent
+    folder = SHIPPED if record_path.resolve().parent == CARDS.resolve() else record_path.parent
     return WeightsPlace(record, record_path, folder / record.file)
 
 
