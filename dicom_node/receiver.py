@@ -62,6 +62,7 @@ class Receiver:
             require_views=analysis.require_views,
             pair_window_s=analysis.pair_window_s,
             views_timeout_s=analysis.views_timeout_s,
+            timezone=settings.zone,
         )
         self._ae = AE(ae_title=settings.node.ae_title)
         self._ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
@@ -119,6 +120,9 @@ class Receiver:
             return
         _log.warning("association_refused", calling=calling, called=called, address=address, why=refusal[1])
         assoc.acse.send_reject(*refusal[0])
+        # Only queued so far, and the library closes the socket as soon as we return. `kill` waits until the peer has
+        # closed its end, or the ACSE timeout has passed: a camera that sees "closed" cannot tell its admin why.
+        assoc.kill()
 
     def _on_echo(self, event: evt.Event) -> int:
         return SUCCESS

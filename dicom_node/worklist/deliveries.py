@@ -7,7 +7,7 @@ another when the hold ends, or at once by its own next life. At least once, the 
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import Connection, Engine, func, insert, select, update
+from sqlalchemy import Connection, Engine, case, func, insert, select, update
 
 from dicom_node.worklist import history
 from dicom_node.worklist.clock import now, read_clock, seconds_between
@@ -190,7 +190,10 @@ def record_delivery(
             )
             .returning(delivery.c.destination)
         ).first()
-        if recorded is None or state == "pending":
+        if recorded is None:
+            return
+        if state == "pending":
+            _explain(conn, scan_id, revision)
             return
         said = "" if status is None else f" status {status:04X}"
         history.append(
@@ -273,27 +276,38 @@ def settle(conn: Connection, scan_id: int) -> str | None:
     else:
         to_state = {"analysed": "delivered", "declined": "declined", "failed": "failed"}[row["outcome"]]
     change(conn, Standing(scan_id, "sending", row["revision"]), to_state, "settled", detail=", ".join(sorted(states)))
-    if to_state == "failed" and row["outcome"] != "failed":
-        _explain(conn, scan_id, row["revision"])
+    _explain(conn, scan_id, row["revision"])
     return to_state
 
 
 def _explain(conn: Connection, scan_id: int, revision: int) -> None:
-    """Put on the row why a good answer did not arrive: the admin reads the row first."""
+    """Put on the row why a good answer has not arrived, or not without a warning: the admin reads the row first.
+
+    The worst of its deliveries speaks: refused, given up, tried in vain, acknowledged with a warning. What the analysis
+    itself had to say (a failure, the detail of a reason) stays, unless the note about it cannot be delivered either.
+    """
+    row = conn.execute(select(scan.c.revision, scan.c.outcome).where(scan.c.id == scan_id)).one()
+    if row.revision != revision or row.outcome == "failed":
+        return
+    weight = case({"refused": 0, "given_up": 1, "pending": 2, "acknowledged": 3}, value=delivery.c.state, else_=4)
     worst = conn.execute(
         select(delivery.c.destination, delivery.c.state, delivery.c.last_status, delivery.c.last_error)
         .join(result, result.c.id == delivery.c.result_id)
         .where(
             delivery.c.scan_id == scan_id,
             result.c.revision == revision,
-            delivery.c.state.in_(("refused", "given_up")),
+            delivery.c.state != "cancelled",
+            delivery.c.last_error.is_not(None),
         )
-        .order_by(delivery.c.state.desc(), delivery.c.id)
+        .order_by(weight, delivery.c.id)
     ).first()
+    said = None
     if worst is not None:
-        said = "" if worst.last_status is None else f" with status {worst.last_status:04X}"
-        text = f"{worst.destination}: {worst.state.replace('_', ' ')}{said}: {worst.last_error or 'no text'}"
-        conn.execute(update(scan).where(scan.c.id == scan_id).values(last_error=text))
+        status = "" if worst.last_status is None else f" with status {worst.last_status:04X}"
+        label = "will be tried again" if worst.state == "pending" else worst.state.replace("_", " ")
+        said = f"{worst.destination}: {label}{status}: {worst.last_error}"
+    if row.outcome == "analysed" or (worst is not None and worst.state in ("refused", "given_up")):
+        conn.execute(update(scan).where(scan.c.id == scan_id).values(last_error=said))
 
 
 def next_delivery_in_s(engine: Engine, destination: str) -> float | None:

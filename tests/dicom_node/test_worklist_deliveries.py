@@ -56,6 +56,26 @@ def test_a_delivery_to_be_tried_again_waits_and_keeps_count(engine, sending):
     assert line["sop_instance_uid"]
 
 
+def test_the_row_says_why_a_delivery_waits_and_forgets_it_when_the_archive_took_it(engine, worker, sending):
+    first, second = due(engine)
+    record_delivery(engine, first.id, state="acknowledged", status=0)
+    record_delivery(engine, second.id, state="pending", error="no connection")
+    assert worklist.row(engine, sending.scan_id)["last_error"] == "pacs: will be tried again: no connection"
+    record_delivery(engine, second.id, state="acknowledged", status=0)
+    worker.deliver("ris")
+    row = worklist.row(engine, sending.scan_id)
+    assert (row["state"], row["last_error"]) == ("delivered", None)
+
+
+def test_a_warning_of_the_archive_stays_on_the_row(engine, worker, sending):
+    first, second = due(engine)
+    record_delivery(engine, first.id, state="acknowledged", status=0xB000, error="coerced")
+    record_delivery(engine, second.id, state="acknowledged", status=0)
+    worker.deliver("ris")
+    row = worklist.row(engine, sending.scan_id)
+    assert (row["state"], row["last_error"]) == ("delivered", "pacs: acknowledged with status B000: coerced")
+
+
 @pytest.mark.parametrize("end", ["refused", "given_up"])
 def test_one_object_refused_or_given_up_fails_the_row_and_says_why_and_where(engine, worker, sending, end):
     first, second = due(engine)
