@@ -112,7 +112,7 @@ def run_worker(settings: Settings, *, supervised: bool) -> None:
     check_release(settings, load_record(settings))
     with _role("work", settings, supervised=supervised) as (house, stop):
         spool.clear_unfinished(house.spool.rendering)
-        worker = Worker(settings, house.engine, house.spool, owner=_owner("work"), boot=secrets.token_hex(8))
+        worker = Worker(settings, house.engine, house.spool, owner=_owner("work", settings), boot=secrets.token_hex(8))
         ticks = _ticks(house, worker.wake)
         ticks.start()
         try:
@@ -128,7 +128,7 @@ def run_sender(settings: Settings, *, supervised: bool) -> None:
 
     check_release(settings, load_record(settings))
     with _role("send", settings, supervised=supervised) as (house, stop):
-        sender = Sender(settings, house.engine, house.spool, owner=_owner("send"))
+        sender = Sender(settings, house.engine, house.spool, owner=_owner("send", settings))
         _announce(house.spool, "send")
         sender.run(stop)
 
@@ -244,9 +244,9 @@ def _announce(store: Spool, role: Role, **facts: object) -> None:
     fresh.rename(path)
 
 
-def _owner(role: Role) -> str:
+def _owner(role: Role, settings: Settings) -> str:
     """The name a role signs leases with: the same after a restart, so that it finds what its predecessor held."""
-    return f"{socket.gethostname()}:{role}:{Path.cwd()}"
+    return f"{socket.gethostname()}:{role}:{settings.storage.directory.resolve()}"
 
 
 def _ticks(house: House, wake: Callable[[], None]) -> "BackgroundScheduler":
