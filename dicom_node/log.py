@@ -7,6 +7,7 @@ removed without changing behaviour. Control characters from the wire are escaped
 
 import logging
 import sys
+import warnings
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -40,6 +41,8 @@ def set_up(*, as_json: bool, role: str) -> None:
     # pynetdicom and pydicom put values of elements into their messages; what matters in them we say in events.
     for noisy in ("pynetdicom", "pydicom", "apscheduler", "alembic", "highdicom"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    # So do their warnings, which would reach standard error without passing through here.
+    warnings.simplefilter("ignore")
 
 
 def get(name: str) -> Log:

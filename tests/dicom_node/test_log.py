@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -72,13 +73,23 @@ def test_words_of_every_script_stay_as_they_are(lines) -> None:
     assert json.loads(written()[0])["why"] == "größer als 2 µs"
 
 
-def test_an_exception_keeps_its_trace(lines) -> None:
-    written = lines(True)
+@pytest.mark.parametrize("as_json", [True, False])
+def test_an_exception_keeps_its_trace_and_shows_no_variable(lines, as_json: bool) -> None:
+    written = lines(as_json)
+    patient_name = "Erfunden^" + "Anna"
     try:
         int("of ours")
     except ValueError:
         log.get("receiver").exception("store_failed")
-    assert "ValueError: invalid literal" in json.loads(written()[0])["exception"]
+    text = "\n".join(written())
+    assert "ValueError: invalid literal" in text
+    assert patient_name not in text
+
+
+def test_warnings_of_libraries_that_quote_elements_are_silent(lines) -> None:
+    written = lines(False)
+    warnings.warn("Invalid value for VR DA: '19x50101'", UserWarning, stacklevel=1)
+    assert written() == []
 
 
 def test_libraries_that_log_elements_are_silent(lines, caplog: pytest.LogCaptureFixture) -> None:
