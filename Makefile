@@ -15,7 +15,8 @@ demo: $(VENV)/.node   ## Set up, then run node, archive and a simulated camera o
 	$(BIN)/remnant demo $(DEMO)
 
 test: $(VENV)/.dev peers lint   ## Set up, then lint and run every test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" $(TESTS)
+	$(BIN)/python -m pytest -m alone $(TESTS)
 
 lint: $(VENV)/.dev   ## ruff, mypy (strict), import-linter
 	$(BIN)/ruff check .

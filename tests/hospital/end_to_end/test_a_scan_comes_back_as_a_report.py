@@ -25,6 +25,7 @@ def _in_pacs(orthanc: Any, ds: Dataset) -> list[Dataset]:
     return [dcmread(BytesIO(orthanc.file(one))) for one in orthanc.find(str(ds.StudyInstanceUID))]
 
 
+@pytest.mark.alone
 def test_sr_and_sc_reach_the_pacs_in_the_cameras_study_within_a_second_of_the_last_success(
     make_node: Callable[..., Any], orthanc: Any, camera: Callable[..., None]
 ) -> None:

@@ -216,6 +216,7 @@ def test_demonstration_weights_refuse_a_real_archive_in_one_sentence(
     assert checks["destination pacs0"] is True
 
 
+@pytest.mark.alone
 def test_the_receiver_answers_its_first_echo_within_two_seconds_and_loads_no_network(
     make_node: Callable[..., Any], peer: Callable[[str], Path]
 ) -> None:
