@@ -134,7 +134,6 @@ def test_a_taken_port_is_one_sentence(archive: Archive, tmp_path: Path) -> None:
         second.start()
 
 
-@pytest.mark.peer("storescu")
 def test_dcmtk_can_store_and_echo(archive: Archive, tmp_path: Path, peer: Callable[[str], Path]) -> None:
     parcel = _parcel(tmp_path, _dataset())
     address = ["-aec", archive.ae_title, archive.host, str(archive.port)]

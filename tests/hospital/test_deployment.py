@@ -50,7 +50,6 @@ def test_every_log_event_in_the_admins_page_is_one_that_the_code_says() -> None:
     assert {event for event in events if f'"{event}"' not in code} == set()
 
 
-@pytest.mark.peer("systemd-analyze")
 def test_systemd_understands_every_line_of_the_unit(tmp_path: Path, peer: Callable[[str], Path]) -> None:
     program = peer("/usr/bin/systemd-analyze")
     unit = (DEPLOY / "remnant.service").read_text(encoding="utf-8")

@@ -74,7 +74,6 @@ def _kinds(outcomes: list[tuple[Parcel, Outcome]]) -> list[str]:
     return [outcome.kind for _, outcome in outcomes]
 
 
-@pytest.mark.peer("storescp")
 def test_storescp_receives_the_stored_bytes_unchanged(start_storescp: Callable[..., Any], tmp_path: Path) -> None:
     scp = start_storescp()
     parcels = [_object(tmp_path, key=1), _object(tmp_path, key=2, sop_class_uid=COMPREHENSIVE_3D_SR)]
@@ -88,7 +87,6 @@ def test_storescp_receives_the_stored_bytes_unchanged(start_storescp: Callable[.
         assert _dataset_bytes(received[parcel.sop_instance_uid]) == _dataset_bytes(parcel.path)
 
 
-@pytest.mark.peer("storescp")
 def test_an_archive_that_takes_implicit_vr_alone_gets_the_same_content_re_encoded(
     start_storescp: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -101,7 +99,6 @@ def test_an_archive_that_takes_implicit_vr_alone_gets_the_same_content_re_encode
     assert received.PixelData == dcmread(parcel.path).PixelData
 
 
-@pytest.mark.peer("storescp")
 def test_storescp_that_refuses_every_association_is_an_alarm_and_tried_later(
     start_storescp: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -113,7 +110,6 @@ def test_storescp_that_refuses_every_association_is_an_alarm_and_tried_later(
         assert (outcome.kind, outcome.status, outcome.alarm) == ("later", None, True)
 
 
-@pytest.mark.peer("storescp")
 @pytest.mark.parametrize("when", ["--abort-after", "--abort-during"])
 def test_storescp_that_aborts_leaves_every_object_for_later(
     start_storescp: Callable[..., Any], tmp_path: Path, when: str
@@ -124,7 +120,6 @@ def test_storescp_that_aborts_leaves_every_object_for_later(
     assert _kinds(outcomes) == ["later", "later"]
 
 
-@pytest.mark.peer("Orthanc")
 def test_orthanc_stores_structured_report_and_capture_in_their_study(orthanc: Archive, tmp_path: Path) -> None:
     study = generate_uid(prefix=None)
     parcels = [
@@ -142,7 +137,6 @@ def test_orthanc_stores_structured_report_and_capture_in_their_study(orthanc: Ar
         assert stored[parcel.sop_instance_uid] == dcmread(parcel.path)
 
 
-@pytest.mark.peer("Orthanc")
 def test_sending_the_same_object_twice_leaves_one_in_orthanc(orthanc: Archive, tmp_path: Path) -> None:
     study = generate_uid(prefix=None)
     parcel = _object(tmp_path, study_uid=study)
@@ -152,14 +146,12 @@ def test_sending_the_same_object_twice_leaves_one_in_orthanc(orthanc: Archive, t
     assert len(orthanc.find(study)) == 1
 
 
-@pytest.mark.peer("Orthanc")
 def test_orthanc_that_does_not_know_the_called_name_is_an_alarm(orthanc: Archive, tmp_path: Path) -> None:
     ((_, outcome),) = send(Peer("pacs", "WRONG", "127.0.0.1", orthanc.dicom_port), [_object(tmp_path)], **NETWORK)
     assert (outcome.kind, outcome.alarm) == ("later", True)
     assert "WRONG" in outcome.text
 
 
-@pytest.mark.peer("Orthanc")
 def test_a_class_orthanc_does_not_take_is_named_and_the_other_object_still_goes(
     orthanc: Archive, tmp_path: Path
 ) -> None:
@@ -170,7 +162,6 @@ def test_a_class_orthanc_does_not_take_is_named_and_the_other_object_still_goes(
     assert echo(peer, **NETWORK).kind == "acknowledged"
 
 
-@pytest.mark.peer("Orthanc")
 # pynetdicom drops the socket of a refused connection without closing it; Python's reference count does.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_a_result_reaches_an_archive_that_was_away(orthanc: Archive, tmp_path: Path) -> None:
