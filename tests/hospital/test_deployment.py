@@ -8,8 +8,6 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-import pytest
-
 from dicom_node import worklist
 from dicom_node.settings import Settings
 
