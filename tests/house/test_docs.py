@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from dicom_node import cli
+from dicom_node import cli, demo
 from dicom_node.receiver import Receiver
 from dicom_node.worklist import DELIVERY_STATES, STATES, TRANSITIONS, VIEW_COLUMNS
 from pipeline.reasons import REASONS
@@ -188,3 +188,14 @@ def test_the_order_in_which_success_comes_true_is_the_order_in_the_code() -> Non
 @pytest.mark.parametrize("name", ["README.md", "deploy/CONNECT.md"])
 def test_whoever_reads_about_results_reads_that_they_need_review(name: str) -> None:
     assert "not for diagnosis without review" in " ".join(page(name).lower().split())
+
+
+def test_the_demo_in_the_readme_is_the_demo_that_runs() -> None:
+    """Its lines name the scans that `remnant demo` sends by default, in order, with what must become of each."""
+    shown = [line for line in page("README.md").splitlines() if line.endswith("as it must be")]
+    sendings = demo._sendings(4, 1)
+    assert len(shown) == len(sendings)
+    for line, sending in zip(shown, sendings, strict=True):
+        begin = demo._COLUMNS.format(sending.title, sending.truth, sending.expected.state, *[""] * 6).rstrip()
+        assert line.startswith(begin)
+        assert (sending.expected.reason or "") in line
