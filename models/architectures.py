@@ -52,22 +52,28 @@ def build(architecture: str) -> nn.Module:
     return make()
 
 
-def class_activation(architecture: str, network: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
-    """Where class "present" gathers its evidence: (N, h, w), in logits, not scaled; None where there is no such map.
+def logits_and_evidence(
+    architecture: str, network: nn.Module, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits (N, 2), and where the evidence for "present" lies: (N, h, w), in logits, not scaled. In one pass.
 
     ResNet-18 averages its last features over the plane and applies one linear layer, so the map of the evidence is that
     linear layer applied at each place, exactly, without a gradient (Zhou et al., CVPR 2016). SqueezeNet ends in a 1 x 1
-    convolution for each class, which is the map itself. ShuffleNetV2 is left out: nobody asked for it yet.
+    convolution for each class, which is the map itself. ShuffleNetV2 gives None: nobody asked for its map yet.
     """
     if architecture == "resnet18":
         features = images
         for name, layer in network.named_children():
-            if name in ("avgpool", "fc"):
+            if name == "avgpool":
                 break
             features = layer(features)
+        pooled = torch.flatten(network.get_submodule("avgpool")(features), 1)
         weight = network.get_parameter("fc.weight")
-        return torch.einsum("nchw,c->nhw", features, weight[1] - weight[0])
+        return network.get_submodule("fc")(pooled), torch.einsum("nchw,c->nhw", features, weight[1] - weight[0])
     if architecture == "squeezenet1_1":
-        maps: torch.Tensor = network.get_submodule("classifier")[1](network.get_submodule("features")(images))  # type: ignore[index]  # Sequential, but get_submodule says Module
-        return maps[:, 1] - maps[:, 0]
-    return None
+        maps = network.get_submodule("features")(images)
+        *before, rectify, average = network.get_submodule("classifier").children()
+        for layer in before:
+            maps = layer(maps)
+        return torch.flatten(average(rectify(maps)), 1), maps[:, 1] - maps[:, 0]
+    return network(images), None

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from pydicom import Dataset
 
-from models.architectures import class_activation
+from models.architectures import logits_and_evidence
 from models.weights import LoadedModel, WeightsRecord, load
 from pipeline.explain import native_activation
 from pipeline.finding import Declined, Finding, ModelFacts, Verdict, ViewFinding, ViewImage, ViewName
@@ -129,9 +129,8 @@ def judge(model: LoadedModel, network_input: NDArray[np.float32]) -> tuple[float
     """
     with torch.inference_mode():
         batch = torch.from_numpy(network_input[None])
-        output = model.network(batch)[0]
-        evidence = class_activation(model.record.architecture, model.network, batch)
-        logit = float(output[1] - output[0])
+        output, evidence = logits_and_evidence(model.record.architecture, model.network, batch)
+        logit = float(output[0, 1] - output[0, 0])
     return logit, None if evidence is None else evidence[0].numpy()
 
 

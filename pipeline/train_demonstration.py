@@ -137,6 +137,7 @@ def make(
         figures[f"{name}_auc_without_mask"] = metrics.roc_auc(
             blind.labels, _probability(view_logits(blind, rounded, settings), fusion, temperature)
         )
+    figures = {name: round(figure, 4) for name, figure in figures.items()}
     record = dataclasses.replace(
         _record(training, plans, settings), fusion=fusion, temperature=temperature, threshold=threshold, metrics=figures
     )
@@ -161,7 +162,7 @@ def _record(training: Cohort, plans: Mapping[str, CohortPlan], settings: Trainin
         threshold=0.5,
         operating_point=(
             "the fused probability with the greatest sensitivity + specificity on the validation cohort "
-            f"({plans['validation'].pairs} simulated pairs, half of them residual)"
+            f"({plans['validation'].pairs} simulated pairs, about half of them residual)"
         ),
         undetermined_band=None,
         temperature=None,

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from models.architectures import ARCHITECTURES, UnknownArchitecture, build, class_activation
+from models.architectures import ARCHITECTURES, UnknownArchitecture, build, logits_and_evidence
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -25,8 +25,8 @@ def test_the_evidence_map_averages_to_the_logit(architecture: str) -> None:
     network = build(architecture).eval()
     images = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
-        output = network(images)
-        evidence = class_activation(architecture, network, images)
+        output, evidence = logits_and_evidence(architecture, network, images)
+        assert torch.equal(output, network(images))
     assert evidence is not None
     difference = output[:, 1] - output[:, 0]
     if architecture == "resnet18":
@@ -40,7 +40,9 @@ def test_the_evidence_map_averages_to_the_logit(architecture: str) -> None:
 
 def test_a_network_without_a_map_says_so() -> None:
     network = build("shufflenet_v2_x1_0").eval()
-    assert class_activation("shufflenet_v2_x1_0", network, torch.zeros(1, 3, 224, 224)) is None
+    logits, evidence = logits_and_evidence("shufflenet_v2_x1_0", network, torch.zeros(1, 3, 224, 224))
+    assert logits.shape == (1, 2)
+    assert evidence is None
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones() -> None:
