@@ -155,7 +155,7 @@ def _draw_view(
         below = _TOP + _MAIN - _SMALL
         picture.paste(_heat(view.activation, region, _SMALL), (beside, below))
         _frame(pen, beside, below, _SMALL)
-        pen.text((beside, below - 4), "model attention", font=_font(15), fill=_WHITE, anchor="ld")
+        pen.text((beside, below - 4), "evidence map, coarse", font=_font(15), fill=_WHITE, anchor="ld")
 
 
 def _draw_unread_view(picture: Image.Image, pen: ImageDraw.ImageDraw, left: int, image: ViewImage) -> None:

@@ -40,11 +40,14 @@ def ascii_text(text: str) -> str:
 def percent(value: float, *limits: float) -> str:
     """Return `value` (0 to 1) in percent as text, with two decimals, or as many as keep it on its side of `limits`.
 
-    A probability of 0.49999 is "absent" at a threshold of 0.5, and must not be shown as "50.00".
+    A probability of 0.49999 is "absent" at a threshold of 0.5, and must not be shown as "50.00"; nor one of 0.99999 as
+    "100.00", which would read as certainty.
     """
     for decimals in range(2, _MAX_DECIMALS + 1):
         text = f"{100 * value:.{decimals}f}"
-        if all((round(100 * value, decimals) >= round(100 * limit, decimals)) == (value >= limit) for limit in limits):
+        shown = round(100 * value, decimals)
+        certain = (shown >= 100) == (value >= 1) and (shown <= 0) == (value <= 0)
+        if certain and all((shown >= round(100 * limit, decimals)) == (value >= limit) for limit in limits):
             break
     return text
 

@@ -66,7 +66,15 @@ def test_the_outline_lies_on_the_tissue_it_was_drawn_around(case):
 
 @pytest.mark.parametrize(
     ("probability", "threshold", "text"),
-    [(0.021, 0.5, "2.10"), (0.49999, 0.5, "49.999"), (0.5, 0.5, "50.00"), (1.0, 0.5, "100.00"), (0.0, 0.5, "0.00")],
+    [
+        (0.021, 0.5, "2.10"),
+        (0.49999, 0.5, "49.999"),
+        (0.99999, 0.5, "99.999"),
+        (0.00001, 0.5, "0.001"),
+        (0.5, 0.5, "50.00"),
+        (1.0, 0.5, "100.00"),
+        (0.0, 0.5, "0.00"),
+    ],
 )
 def test_a_probability_is_never_rounded_across_the_threshold(probability, threshold, text):
     assert wording.percent(probability, threshold) == text
