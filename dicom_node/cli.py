@@ -112,10 +112,9 @@ def analyse(
 
     Exit code 0: every 131I neck scan found has a finding. 1: a scan could not be judged, or there was none.
     """
-    from pipeline.analyse import load_model
-
     from dicom_node import offline
     from models.weights import WeightsError
+    from pipeline.analyse import load_model
 
     settings = load(config)
     files = offline.find_files(paths)
