@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dicom_node import log
-from dicom_node.errors import RemnantError, SettingsError
+from dicom_node.errors import RemnantError, SettingsError, WrongUse
 from dicom_node.settings import Settings, load
 
 DONE, ANSWER_IS_NO, WRONG_USE, ENVIRONMENT = 0, 1, 2, 3
@@ -49,7 +49,17 @@ def main() -> None:
         app()
     except RemnantError as error:
         Console(stderr=True, soft_wrap=True).print(f"remnant: {error}", markup=False, highlight=False)
-        sys.exit(WRONG_USE if isinstance(error, SettingsError) else ENVIRONMENT)
+        sys.exit(_exit_code(error))
+
+
+def _exit_code(error: RemnantError) -> int:
+    if isinstance(error, WrongUse):
+        return WRONG_USE
+    # Loaded already where it was raised; a command that has nothing to do with the worklist need not load it for this.
+    states = sys.modules.get("dicom_node.worklist.states")
+    if states is not None and isinstance(error, states.TransitionRefused):
+        return ANSWER_IS_NO
+    return ENVIRONMENT
 
 
 @app.command()
@@ -158,7 +168,7 @@ def simulate(
         try:
             rows = run(out, count, seed, progress=lambda done, _total: bar.update(task, completed=done))
         except CohortExistsError as error:
-            raise SettingsError(str(error)) from error
+            raise WrongUse(str(error)) from error
         except OSError as error:
             raise RemnantError(f"{out} cannot be written: {error.strerror or error}.") from error
     typer.echo(f"{len(rows)} files of {count} simulated examinations and truth.csv in {out}")
@@ -213,7 +223,7 @@ def worklist_list(
     from dicom_node import worklist
 
     if state is not None and state not in worklist.STATES:
-        raise SettingsError(f"--state: {state!r} is not a state; states are {', '.join(worklist.STATES)}.")
+        raise WrongUse(f"--state: {state!r} is not a state; states are {', '.join(worklist.STATES)}.")
     with _Database(config) as engine:
         _print_rows(worklist.rows(engine, state=state, limit=limit), as_json=as_json)
 

@@ -29,7 +29,11 @@ class RemnantError(Exception):
         return f"{self.message}{study}{hint}"
 
 
-class SettingsError(RemnantError):
+class WrongUse(RemnantError):  # noqa: N818 - named for what it says
+    """The command was called with something that cannot be: a path that is not there, a word that is no choice."""
+
+
+class SettingsError(WrongUse):
     """The settings are wrong: a key, a unit, or a file. Always names the key."""
 
 

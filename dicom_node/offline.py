@@ -14,7 +14,7 @@ from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 
 from dicom_node.answer import answer
-from dicom_node.errors import RemnantError
+from dicom_node.errors import WrongUse
 from dicom_node.messages import Answer, Provenance, Task
 from dicom_node.settings import Settings
 from dicom_node.worker import fingerprint_of, wanted_by
@@ -53,11 +53,11 @@ class Verdict:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files of `paths`, folders read recursively, each once. Raises RemnantError for a missing path."""
+    """Return the files of `paths`, folders read recursively, each once. Raises WrongUse for a missing path."""
     files: dict[Path, None] = {}
     for path in paths:
         if not path.exists():
-            raise RemnantError(f"{path} does not exist.", hint="Give files or folders with DICOM objects.")
+            raise WrongUse(f"{path} does not exist.", hint="Give files or folders with DICOM objects.")
         for found in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if found.is_file() and found.name != "DICOMDIR":
                 files[found] = None

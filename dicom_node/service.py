@@ -82,13 +82,19 @@ def check_release(settings: Settings, record: "WeightsRecord") -> None:
 
 
 def load_record(settings: Settings) -> "WeightsRecord":
-    """Read the record of the configured weights, without loading torch. Raises SettingsError naming the key."""
+    """Read the record of the configured weights, without torch, and check that it fits. Raises SettingsError."""
     from models.weights import WeightsError, find
 
     try:
-        return find(settings.model.weights).record
+        record = find(settings.model.weights).record
     except WeightsError as error:
         raise SettingsError(f"model.weights: {error}") from error
+    if record.preprocessing != settings.analysis.preprocessing:
+        raise SettingsError(
+            f'analysis.preprocessing is "{settings.analysis.preprocessing}", but the weights {record.name} were trained'
+            f' on "{record.preprocessing}" and may judge nothing else.'
+        )
+    return record
 
 
 def run_receiver(settings: Settings, *, supervised: bool) -> None:
