@@ -123,10 +123,12 @@ def analyse(
     Exit code 0: every 131I neck scan found has a finding. 1: a scan could not be judged, or there was none.
     """
     from dicom_node import offline
+    from dicom_node.service import load_record
     from models.weights import WeightsError
     from pipeline.analyse import load_model
 
     settings = load(config)
+    load_record(settings)
     files = offline.find_files(paths)
     started = time.monotonic()
     try:
