@@ -447,6 +447,7 @@ def _cell(value: object) -> str:
 
 def _print_verdict(console: Console, verdict: Any, release: str, load_ms: float) -> None:
     from pipeline.reasons import REASONS
+    from pipeline.wording import percent
 
     told = verdict.answer
 
@@ -456,7 +457,7 @@ def _print_verdict(console: Console, verdict: Any, release: str, load_ms: float)
     line(f"study {verdict.study_instance_uid}", "bold")
     if told.finding is not None:
         line(f"  finding       residual thyroid tissue {told.finding}")
-        line(f"  probability   {100 * told.probability:.1f} %")
+        line(f"  probability   {percent(told.probability)} %")
         line(f"  views         {', '.join(told.views)}")
         line(f"  model         {told.model} ({release}), sha256 {told.model_sha256}")
         line(f"  preprocessing {verdict.preprocessing}")
