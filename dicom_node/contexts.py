@@ -94,6 +94,15 @@ RESULT_CLASSES: dict[Literal["sr", "sc"], Registered] = {
     "sc": _named("1.2.840.10008.5.1.4.1.1.7"),  # Secondary Capture, single frame
 }
 
+# For a destination that refuses a Structured Report, what it gets instead, from the most to the least expressive; a
+# Secondary Capture is what remains behind the last (PS3.3 A.35: the same tree fits the first three classes).
+REPORT_CHAIN: tuple[Registered, ...] = (
+    RESULT_CLASSES["sr"],
+    _named("1.2.840.10008.5.1.4.1.1.88.33"),  # Comprehensive SR
+    _named("1.2.840.10008.5.1.4.1.1.88.22"),  # Enhanced SR
+    _named("1.2.840.10008.5.1.4.1.1.88.11"),  # Basic Text SR
+)
+
 # Implicit VR Little Endian is the one syntax nobody may refuse (PS3.5 section 10.1). Explicit comes first: where a peer
 # lists both in one context we take the one that keeps the value representations of private elements.
 DEFAULT_SYNTAXES: tuple[Registered, ...] = (_named(ExplicitVRLittleEndian), _named(ImplicitVRLittleEndian))
@@ -185,6 +194,13 @@ def proposed_contexts(
     if len(contexts) > _MAX_PROPOSED:
         raise ValueError(f"{len(contexts)} presentation contexts do not fit in one association ({_MAX_PROPOSED})")
     return contexts
+
+
+def next_report_class(sop_class_uid: str) -> str | None:
+    """Return the class that goes in the place of a refused one; None behind the last, and for what is no report."""
+    chain = [one.uid for one in REPORT_CHAIN]
+    behind = chain[chain.index(sop_class_uid) + 1 :] if sop_class_uid in chain else []
+    return behind[0] if behind else None
 
 
 def _extra_class(entry: str) -> AcceptedClass:

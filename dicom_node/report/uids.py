@@ -24,6 +24,11 @@ def derived_uid(namespace: uuid.UUID, *parts: object) -> str:
     return f"2.25.{uuid.uuid5(namespace, name).int}"
 
 
+def fallback_uid(original_sop_instance_uid: str, sop_class_uid: str) -> str:
+    """Return the SOPInstanceUID of a simpler report: the original's UID names all that went into it."""
+    return derived_uid(NODE_NAMESPACE, "fallback", original_sop_instance_uid, sop_class_uid)
+
+
 def result_parts(
     source_digests: Mapping[str, str],
     source_uids: Sequence[str],
