@@ -5,6 +5,7 @@ missing result or an edited history shows.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,25 +52,23 @@ def prove(engine: Engine, store: Spool, scan_id: int) -> list[Link]:
 
 
 def _received(store: Spool, instance: dict[str, object]) -> Link:
-    what = f"received {instance['sop_instance_uid']}"
-    if instance["purged_at"]:
-        return Link(what, True, f"sha256 {instance['sha256']}, bytes purged {instance['purged_at']}")
     path = store.objects / str(instance["spool_name"])
-    if not path.is_file():
-        return Link(what, False, f"the file {path} is missing")
-    found = hashlib.sha256(_dataset(path)).hexdigest()
-    return Link(what, found == instance["sha256"], f"sha256 {found}" + _against(found, instance["sha256"]))
+    return _kept(f"received {instance['sop_instance_uid']}", instance, path, _dataset)
 
 
 def _rendered(store: Spool, result: dict[str, object]) -> Link:
-    what = f"result {result['kind']} {result['sop_instance_uid']}"
-    if result["purged_at"]:
-        return Link(what, True, f"sha256 {result['sha256']}, bytes purged {result['purged_at']}")
     path = store.results / str(result["file_name"])
+    return _kept(f"result {result['kind']} {result['sop_instance_uid']}", result, path, Path.read_bytes)
+
+
+def _kept(what: str, item: dict[str, object], path: Path, content: Callable[[Path], bytes]) -> Link:
+    """Compare the bytes on the disk with the digest in the worklist."""
+    if item["purged_at"]:
+        return Link(what, True, f"sha256 {item['sha256']}, bytes purged {item['purged_at']}")
     if not path.is_file():
         return Link(what, False, f"the file {path} is missing")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Link(what, found == result["sha256"], f"sha256 {found}" + _against(found, result["sha256"]))
+    found = hashlib.sha256(content(path)).hexdigest()
+    return Link(what, found == item["sha256"], f"sha256 {found}" + _against(found, item["sha256"]))
 
 
 def _against(found: str, recorded: object) -> str:
