@@ -89,9 +89,10 @@ ACCEPTED_CLASSES: tuple[AcceptedClass, ...] = (
 )
 
 # What we send, by the name of the result in a destination's `results`.
-RESULT_CLASSES: dict[Literal["sr", "sc"], Registered] = {
+RESULT_CLASSES: dict[Literal["sr", "sc", "seg"], Registered] = {
     "sr": _named("1.2.840.10008.5.1.4.1.1.88.34"),  # Comprehensive 3D SR
     "sc": _named("1.2.840.10008.5.1.4.1.1.7"),  # Secondary Capture, single frame
+    "seg": _named("1.2.840.10008.5.1.4.1.1.66.4"),  # Segmentation, where a destination asks for it
 }
 
 # For a destination that refuses a Structured Report, what it gets instead, from the most to the least expressive; a

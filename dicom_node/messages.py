@@ -13,7 +13,7 @@ from pipeline.finding import ViewName
 
 Outcome = Literal["analysed", "declined", "failed"]
 Version = Literal["same_content", "identity_changed", "other_pixels"]
-Kind = Literal["sr", "sc"]
+Kind = Literal["sr", "sc", "seg"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A result that some destination gets: its kind and, for a Secondary Capture, its variant."""
+    """A result that some destination gets: its kind and its variant, the colours of a picture or the view of a mask."""
 
     kind: Kind
-    variant: Literal["", "colour", "grey"] = ""
+    variant: Literal["", "colour", "grey", "anterior", "posterior"] = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,13 @@ def _size(value: object) -> object:
     return value
 
 
+def _says_it_in_words(value: tuple[str, ...]) -> tuple[str, ...]:
+    """A mask exists only where tissue was outlined: alone, its absence would be read as "negative"."""
+    if not {"sr", "sc"} & set(value):
+        raise ValueError('a segmentation needs "sr" or "sc" beside it')
+    return value
+
+
 def _not_built(*allowed: object) -> AfterValidator:
     """Accept what works today and refuse the rest of the contract: a promise that nobody keeps is worse than none."""
 
@@ -171,12 +178,13 @@ class Destination(_Section):
     port: Port = 104
     """Its port."""
     results: Annotated[
-        tuple[Annotated[Literal["sr", "sc", "seg"], _not_built("sr", "sc")], ...], Field(min_length=1)
+        tuple[Literal["sr", "sc", "seg", "seg-posterior"], ...], Field(min_length=1), AfterValidator(_says_it_in_words)
     ] = (
         "sr",
         "sc",
     )
-    """Which results it gets: Structured Report and Secondary Capture. Some viewers list only one of the two."""
+    """Which results it gets: Structured Report and Secondary Capture; some viewers list only one of the two. "seg" adds
+    the Segmentation of the anterior view where tissue was outlined, "seg-posterior" one that viewers may mirror."""
     sc: Literal["colour", "grey"] = "colour"
     """Secondary Capture in true colour or in grey; some workstations show only one."""
     storage_commitment: Annotated[bool, _not_built(False)] = False

@@ -214,12 +214,18 @@ def setup_of(settings: Settings) -> Setup:
 
 def wanted_by(destinations: tuple[Destination, ...]) -> tuple[Wanted, ...]:
     """Return which results have to be rendered; without any destination both, for whoever looks into the storage."""
-    wanted = [
-        Wanted("sr") if kind == "sr" else Wanted("sc", destination.sc)
-        for destination in destinations
-        for kind in destination.results
-    ]
+    wanted = [one for destination in destinations for one in _wanted_at(destination)]
     return tuple(dict.fromkeys(wanted)) or (Wanted("sr"), Wanted("sc", "colour"))
+
+
+def _wanted_at(destination: Destination) -> tuple[Wanted, ...]:
+    meant = {
+        "sr": Wanted("sr"),
+        "sc": Wanted("sc", destination.sc),
+        "seg": Wanted("seg", "anterior"),
+        "seg-posterior": Wanted("seg", "posterior"),
+    }
+    return tuple(meant[name] for name in destination.results)
 
 
 def deliveries(results: tuple[Rendered, ...], destinations: tuple[Destination, ...]) -> list[tuple[str, str]]:
@@ -228,7 +234,7 @@ def deliveries(results: tuple[Rendered, ...], destinations: tuple[Destination, .
         (result.sop_instance_uid, destination.name)
         for destination in destinations
         for result in results
-        if result.kind in destination.results and (result.kind != "sc" or result.variant == destination.sc)
+        if (result.kind, result.variant) in {(want.kind, want.variant) for want in _wanted_at(destination)}
     ]
 
 

@@ -50,10 +50,12 @@ PIXEL_COLUMNS = Code("110911", "DCM", "Pixel Data Columns")
 COMMENT = Code("121106", "DCM", "Comment")
 PROCEDURE = Code("49118-3", "LN", "NM unspecified body region")  # CID 100
 DEVICE = Code("121007", "DCM", "Device")  # CID 270
+TISSUE = Code("85756007", "SCT", "Tissue")  # CID 7150
 THYROID = Code("69748006", "SCT", "Thyroid")
 AREA = Code("42798000", "SCT", "Area")
 MAXIMUM = Code("56851009", "SCT", "Maximum")
-FAMILY = Code("123110", "DCM", "Artificial Intelligence")
+FAMILY = Code("123110", "DCM", "Artificial Intelligence")  # CID 7162
+CLUSTERING = Code("123107", "DCM", "Cluster Analysis")  # of the outline: GrabCut clusters grey levels
 
 # Names of TID 4019 "Algorithm Identification" and of the measurement group, for the checks that read a result back.
 ALGORITHM_NAME = Code("111001", "DCM", "Algorithm Name")

@@ -8,7 +8,10 @@ from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 from dicom_node.errors import RemnantError
-from pipeline.finding import ModelFacts
+from pipeline.finding import ModelFacts, ViewName
+
+Kind = Literal["sr", "sc", "seg"]
+"""Structured Report, Secondary Capture, Segmentation."""
 
 
 class RenderError(RemnantError):
@@ -46,6 +49,7 @@ class ReportContext:
     predecessors: `Predecessor`s, or plain tuples in its order; only documents (SR) may stand there.
     model: which weights the node runs, for the note of a Declined; a Finding names its own.
     device_serial_number: of the node; by default its AE title.
+    seg: which view a Segmentation shows.
     """
 
     revision: int
@@ -61,6 +65,7 @@ class ReportContext:
     predecessors: tuple[tuple[str, ...], ...] = ()
     model: ModelFacts | None = None
     device_serial_number: str = ""
+    seg: ViewName = "anterior"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +73,10 @@ class RenderedResult:
     """One object, ready to be stored and sent.
 
     `data` is a complete Part 10 file, Explicit VR Little Endian. `variant` tells objects of one kind apart: "colour" or
-    "grey" for a Secondary Capture, "" for a Structured Report.
+    "grey" for a Secondary Capture, the view for a Segmentation, "" for a Structured Report.
     """
 
-    kind: Literal["sr", "sc"]
+    kind: Kind
     variant: str
     sop_class_uid: str
     sop_instance_uid: str

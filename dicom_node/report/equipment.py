@@ -16,7 +16,7 @@ from pipeline.finding import Declined, Finding, ModelFacts
 
 MANUFACTURER = "Remnant"
 MODEL_NAME = "Remnant"
-SERIES_NUMBERS = {"sr": 9131, "sc": 9132}
+SERIES_NUMBERS = {"sr": 9131, "sc": 9132, "seg": 9133}
 """High, so that a workstation lists results behind the camera's own series."""
 
 _RELEASE_PREFIX = {"demonstration": "DEMONSTRATION ", "research": "RESEARCH ", "local": ""}

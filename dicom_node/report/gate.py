@@ -14,16 +14,17 @@ from datetime import timedelta
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian
 
-from dicom_node.report import codes, equipment, identity, secondary_capture, structured_report
+from dicom_node.report import codes, equipment, identity, secondary_capture, segmentation, structured_report
 from dicom_node.report.context import Predecessor, RenderedResult, ReportContext
 from dicom_node.report.identity import text_of
-from dicom_node.report.rendering import result_uids
+from dicom_node.report.rendering import MODALITIES, SOP_CLASSES, result_naming, result_uids
 from dicom_node.uids import valid_uid
 from pipeline import wording
 from pipeline.finding import Declined, Finding
@@ -104,7 +105,7 @@ def _uids_are_ours(case: _Case) -> Iterator[str]:
 
 def _file_agrees_with_dataset(case: _Case) -> Iterator[str]:
     meta = case.ds.file_meta
-    expected = structured_report.SOP_CLASS_UID if case.result.kind == "sr" else secondary_capture.SOP_CLASS_UID
+    expected = SOP_CLASSES[case.result.kind]
     if not text_of(case.ds, "SOPClassUID") == text_of(meta, "MediaStorageSOPClassUID") == expected:
         yield "SOPClassUID is not that of its kind"
     if case.result.sop_class_uid != expected:
@@ -113,7 +114,7 @@ def _file_agrees_with_dataset(case: _Case) -> Iterator[str]:
         yield "MediaStorageSOPInstanceUID is not SOPInstanceUID"
     if text_of(meta, "TransferSyntaxUID") != ExplicitVRLittleEndian:
         yield "the transfer syntax is not Explicit VR Little Endian"
-    if text_of(case.ds, "Modality") != ("SR" if case.result.kind == "sr" else "OT"):
+    if text_of(case.ds, "Modality") != MODALITIES[case.result.kind]:
         yield "Modality is not that of its kind"
 
 
@@ -140,7 +141,8 @@ def _references_resolve(case: _Case) -> Iterator[str]:
         numbers = item.get("ReferencedFrameNumber")
         if not all(text.isdecimal() and 1 <= int(text) <= count for text in map(str, _as_list(numbers))):
             yield "a referenced frame does not exist"
-    if named != set(frames):
+    # A segmentation shows one view, the other kinds answer for all of them; _mask_is_on_its_frame says which.
+    if named != set(frames) and case.result.kind != "seg":
         yield "a source is not referenced"
 
 
@@ -396,6 +398,107 @@ def _comments_say_the_outcome(case: _Case) -> Iterator[str]:
         yield "a scan that was not analysed carries a verdict"
 
 
+# --- Segmentation ----------------------------------------------------------------------------------------------------
+
+
+def _mask_is_the_outlined_tissue(case: _Case) -> Iterator[str]:
+    """One frame, as large as the view, with the pixels within the report's outline; neither moved nor mirrored."""
+    view = segmentation.outlined_view(case.outcome, case.context.seg)
+    if view is None:
+        yield "there is a segmentation of a view without outlined tissue"
+        return
+    expected = segmentation.pixels(view)
+    size = (_number_of_frames(case.ds), case.ds.get("Rows"), case.ds.get("Columns"), case.ds.get("BitsAllocated"))
+    if size != (1, *expected.shape, 1) or text_of(case.ds, "SegmentationType") != "BINARY":
+        yield "the mask has another size than its view"
+        return
+    bits = np.unpackbits(np.frombuffer(case.ds.get("PixelData") or b"", np.uint8), bitorder="little")
+    if bits.size < expected.size or not np.array_equal(bits[: expected.size], expected.ravel()):
+        yield "the mask is not the tissue that was outlined"
+
+
+def _mask_is_on_its_frame(case: _Case) -> Iterator[str]:
+    view = segmentation.outlined_view(case.outcome, case.context.seg)
+    if view is None:
+        return
+    source = view.image.source
+    wanted = (source.sop_class_uid, source.sop_instance_uid, source.frame_number if source.number_of_frames > 1 else "")
+    groups = case.ds.get("PerFrameFunctionalGroupsSequence") or ()
+    derived = [
+        reference
+        for group in groups
+        for derivation in group.get("DerivationImageSequence") or ()
+        for reference in derivation.get("SourceImageSequence") or ()
+    ]
+    for references in (derived, list(case.ds.get("SourceImageSequence") or ())):
+        if [_reference(one) for one in references] != [tuple(map(str, wanted))]:
+            yield "the mask is not on the frame it was seen in"
+            return
+    series = [
+        (text_of(one, "SeriesInstanceUID"), text_of(sop, "ReferencedSOPInstanceUID"))
+        for one in case.ds.get("ReferencedSeriesSequence") or ()
+        for sop in one.get("ReferencedInstanceSequence") or ()
+    ]
+    if series != [(source.series_instance_uid, source.sop_instance_uid)]:
+        yield "ReferencedSeriesSequence does not name the series of the view"
+
+
+def _reference(item: Dataset) -> tuple[str, str, str]:
+    return (
+        text_of(item, "ReferencedSOPClassUID"),
+        text_of(item, "ReferencedSOPInstanceUID"),
+        text_of(item, "ReferencedFrameNumber"),
+    )
+
+
+def _mask_has_the_geometry_of_its_view(case: _Case) -> Iterator[str]:
+    """Without frame of reference and pixel measures a viewer breaks; with other ones it shows another place."""
+    view = segmentation.outlined_view(case.outcome, case.context.seg)
+    if view is None:
+        return
+    received = next(ds for ds in case.sources if text_of(ds, "SOPInstanceUID") == view.image.source.sop_instance_uid)
+    if text_of(case.ds, "FrameOfReferenceUID") != segmentation.frame_of_reference_uid(received, case.context):
+        yield "FrameOfReferenceUID is not the one that this view has"
+    shared = case.ds.get("SharedFunctionalGroupsSequence") or [Dataset()]
+    measures = shared[0].get("PixelMeasuresSequence") or [Dataset()]
+    spacing = [_number(one) for one in _as_list(measures[0].get("PixelSpacing"))]
+    if len(spacing) != 2 or not np.allclose(spacing, view.image.spacing_mm, rtol=1e-6, atol=0):
+        yield "PixelSpacing is not that of the view"
+    orientation = (shared[0].get("PlaneOrientationSequence") or [Dataset()])[0]
+    frame = (case.ds.get("PerFrameFunctionalGroupsSequence") or [Dataset()])[0]
+    position = (frame.get("PlanePositionSequence") or [Dataset()])[0]
+    axes, corner = segmentation.geometry(received, view)
+    for keyword, item, numbers in (
+        ("ImageOrientationPatient", orientation, axes),
+        ("ImagePositionPatient", position, corner),
+    ):
+        found = [_number(one) for one in _as_list(item.get(keyword))]
+        if len(found) != len(numbers) or not np.allclose(found, numbers, rtol=0, atol=1e-3):
+            yield f"{keyword} is not that of the view's detector"
+
+
+def _segment_is_described(case: _Case) -> Iterator[str]:
+    segments = list(case.ds.get("SegmentSequence") or ())
+    if len(segments) != 1 or isinstance(case.outcome, Declined):
+        yield "there is not exactly one segment"
+        return
+    segment = segments[0]
+    described = {
+        "SegmentedPropertyCategoryCodeSequence": codes.TISSUE,
+        "SegmentedPropertyTypeCodeSequence": codes.chosen(codes.RESIDUAL_TISSUE, case.context.codes),
+        "AnatomicRegionSequence": codes.THYROID,
+    }
+    for keyword, code in described.items():
+        if [_key_of(item) for item in segment.get(keyword) or ()] != [_key(code)]:
+            yield f"{keyword} of the segment is missing or another"
+    naming = result_naming(case.outcome, case.sources, case.context)
+    uid = structured_report.tracking_uid(case.context, naming, case.context.seg)
+    if text_of(segment, "TrackingUID") != uid:
+        yield "TrackingUID of the segment is not that of the report's outline"
+    if text_of(segment, "SegmentAlgorithmType") != "AUTOMATIC":
+        yield "SegmentAlgorithmType is not AUTOMATIC"
+
+
 _COMMON: tuple[_Check, ...] = (
     _patient_is_the_sources,
     _uids_are_ours,
@@ -423,6 +526,13 @@ _BY_KIND: dict[str, tuple[_Check, ...]] = {
         _groups_match_views,
     ),
     "sc": (_picture_is_the_outcomes, _picture_is_marked_as_derived, _comments_say_the_outcome),
+    "seg": (
+        _mask_is_the_outlined_tissue,
+        _mask_is_on_its_frame,
+        _mask_has_the_geometry_of_its_view,
+        _segment_is_described,
+        _comments_say_the_outcome,
+    ),
 }
 
 _Key = tuple[str, str]
@@ -473,7 +583,7 @@ def _value(item: Dataset) -> _Key | None:
 
 def _text(case: _Case) -> str:
     """Return all that an object says in free text to a reader."""
-    if case.result.kind == "sc":
+    if case.result.kind in ("sc", "seg"):
         return text_of(case.ds, "ImageComments")
     return "\n".join(text_of(item, "TextValue") for item in _tree(case.ds))
 
@@ -487,6 +597,14 @@ def _as_list(value: Any) -> list[Any]:
 def _number_of_frames(ds: Dataset) -> int:
     text = text_of(ds, "NumberOfFrames")
     return int(text) if text.isdigit() else 1
+
+
+def _number(value: Any) -> float:
+    """Return a number from the bytes of others; NaN, which equals nothing, for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def _decimal(text: str) -> float | None:

@@ -6,20 +6,24 @@ cannot be rendered truthfully (sources that disagree on the patient, a name its 
 """
 
 import warnings
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from dicom_node.report import equipment, identity, secondary_capture, structured_report, uids
-from dicom_node.report.context import RenderedResult, RenderError, ReportContext
+from dicom_node.report import equipment, identity, secondary_capture, segmentation, structured_report, uids
+from dicom_node.report.context import Kind, RenderedResult, RenderError, ReportContext
 from dicom_node.report.identity import text_of
 from pipeline import wording
 from pipeline.finding import Declined, Finding
 from pipeline.reasons import REASONS
 
-_SOP_CLASSES = {"sr": structured_report.SOP_CLASS_UID, "sc": secondary_capture.SOP_CLASS_UID}
+SOP_CLASSES: Mapping[Kind, str] = {
+    "sr": structured_report.SOP_CLASS_UID,
+    "sc": secondary_capture.SOP_CLASS_UID,
+    "seg": segmentation.SOP_CLASS_UID,
+}
+MODALITIES: Mapping[Kind, str] = {"sr": "SR", "sc": "OT", "seg": "SEG"}
 
 
 def render(
@@ -28,7 +32,10 @@ def render(
     context: ReportContext,
     kinds: Sequence[str] = ("sr", "sc"),
 ) -> tuple[RenderedResult, ...]:
-    """Return one object for each of `kinds` ("sr", "sc"), in that order.
+    """Return one object for each of `kinds` ("sr", "sc", "seg"), in that order.
+
+    A Segmentation is left out where no tissue was outlined in its view (`segmentation.outlined_view`): the other kinds
+    carry the answer, and an empty mask would say it in no words.
 
     `sources` are the received objects of the acquisition, whole or without pixels.
 
@@ -41,27 +48,32 @@ def render(
         warnings.simplefilter("ignore")
         ordered = identity.in_one_order(sources)
         _check_input(outcome, ordered, context)
-        return tuple(_render_one(outcome, ordered, context, kind) for kind in kinds)
+        made = (_render_one(outcome, ordered, context, kind) for kind in kinds)
+        return tuple(result for result in made if result is not None)
 
 
 def result_uids(
-    outcome: Finding | Declined, sources: Sequence[Dataset], context: ReportContext, kind: Literal["sr", "sc"]
+    outcome: Finding | Declined, sources: Sequence[Dataset], context: ReportContext, kind: Kind
 ) -> tuple[str, str, str]:
     """Return (variant, SOPInstanceUID, SeriesInstanceUID) of a result.
 
     The series is named without class and variant, but with the modality: a series holds one modality only (PS3.3
     A.1.2.3), so documents and pictures cannot share one.
     """
-    naming = _naming(outcome, sources, context)
-    variant = "" if kind == "sr" else context.sc
+    naming = result_naming(outcome, sources, context)
+    variant = {"sr": "", "sc": context.sc, "seg": context.seg}[kind]
     # A note and a finding on the same scan (analysed offline a second time, after a time-out) are two objects.
     content = "note" if isinstance(outcome, Declined) else "finding"
-    sop = uids.derived_uid(context.uid_namespace, "instance", naming, _SOP_CLASSES[kind], variant, content)
-    modality = "SR" if kind == "sr" else "OT"
-    return variant, sop, uids.derived_uid(context.uid_namespace, "series", naming, modality)
+    sop = uids.derived_uid(context.uid_namespace, "instance", naming, SOP_CLASSES[kind], variant, content)
+    # A series holds one frame of reference as well, and views that are two objects have two.
+    holds = f"SEG {variant}" if kind == "seg" else MODALITIES[kind]
+    return variant, sop, uids.derived_uid(context.uid_namespace, "series", naming, holds)
 
 
-def _naming(outcome: Finding | Declined, sources: Sequence[Dataset], context: ReportContext) -> tuple[object, ...]:
+def result_naming(
+    outcome: Finding | Declined, sources: Sequence[Dataset], context: ReportContext
+) -> tuple[object, ...]:
+    """Return what names a result and its tracking UIDs apart from its kind."""
     model = equipment.model_of(outcome, context)
     return uids.result_parts(
         context.source_digests,
@@ -76,10 +88,10 @@ def _naming(outcome: Finding | Declined, sources: Sequence[Dataset], context: Re
 
 def _render_one(
     outcome: Finding | Declined, sources: Sequence[Dataset], context: ReportContext, kind: str
-) -> RenderedResult:
-    if kind not in ("sr", "sc"):
-        raise RenderError(f'"{kind}" is not a kind of result; kinds are "sr" and "sc".')
-    which: Literal["sr", "sc"] = "sr" if kind == "sr" else "sc"
+) -> RenderedResult | None:
+    which = next((known for known in SOP_CLASSES if known == kind), None)
+    if which is None:
+        raise RenderError(f'"{kind}" is not a kind of result; kinds are {", ".join(SOP_CLASSES)}.')
     first = sources[0]
     variant, sop_instance_uid, series_instance_uid = result_uids(outcome, sources, context, which)
     patient = Dataset()
@@ -91,7 +103,21 @@ def _render_one(
             context,
             sop_instance_uid=sop_instance_uid,
             series_instance_uid=series_instance_uid,
-            naming=_naming(outcome, sources, context),
+            naming=result_naming(outcome, sources, context),
+            notes=notes,
+        )
+    elif which == "seg":
+        view = segmentation.outlined_view(outcome, context.seg)
+        if view is None or isinstance(outcome, Declined):
+            return None
+        ds = segmentation.build(
+            outcome,
+            view,
+            sources,
+            context,
+            sop_instance_uid=sop_instance_uid,
+            series_instance_uid=series_instance_uid,
+            naming=result_naming(outcome, sources, context),
             notes=notes,
         )
     else:
@@ -108,7 +134,7 @@ def _render_one(
     equipment.add_equipment(ds, outcome, context, identity.local_time(first, context))
     ds.file_meta = _file_meta(ds, context)
     return RenderedResult(
-        which, variant, _SOP_CLASSES[which], sop_instance_uid, series_instance_uid, identity.encoded(ds, first)
+        which, variant, SOP_CLASSES[which], sop_instance_uid, series_instance_uid, identity.encoded(ds, first)
     )
 
 

@@ -91,9 +91,17 @@ def test_a_foreign_owner_of_our_package_names_is_found() -> None:
 def test_each_destination_gets_the_kinds_and_the_colour_it_asked_for() -> None:
     grey = Destination(name="gm", ae_title="GM", host="localhost", results=("sc",), sc="grey")
     both = Destination(name="pacs", ae_title="PACS", host="localhost")
+    masks = Destination(name="viewer", ae_title="VIEWER", host="localhost", results=("sr", "seg", "seg-posterior"))
     assert set(wanted_by((grey, both))) == {Wanted("sr"), Wanted("sc", "grey"), Wanted("sc", "colour")}
+    assert set(wanted_by((masks,))) == {Wanted("sr"), Wanted("seg", "anterior"), Wanted("seg", "posterior")}
     made = tuple(
         Rendered(kind, variant, "1.2", f"2.25.{index}", "2.25.9", b"")  # type: ignore[arg-type] # literals from a table
         for index, (kind, variant) in enumerate((("sr", ""), ("sc", "grey"), ("sc", "colour")))
     )
     assert deliveries(made, (grey, both)) == [("2.25.1", "gm"), ("2.25.0", "pacs"), ("2.25.2", "pacs")]
+    mask = Rendered("seg", "posterior", "1.2", "2.25.3", "2.25.9", b"")
+    assert deliveries((made[0], mask), (both, masks)) == [
+        ("2.25.0", "pacs"),
+        ("2.25.0", "viewer"),
+        ("2.25.3", "viewer"),
+    ]

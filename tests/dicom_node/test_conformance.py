@@ -6,7 +6,7 @@ import pytest
 
 from dicom_node import contexts, receiver, sender
 from dicom_node.conformance import statement
-from dicom_node.report import secondary_capture, structured_report
+from dicom_node.report import secondary_capture, segmentation, structured_report
 from dicom_node.settings import Settings, keys
 
 COMMITTED = Path(__file__).parents[2] / "deploy" / "CONFORMANCE.md"
@@ -57,6 +57,7 @@ def test_the_classes_it_says_we_send_are_those_that_are_rendered() -> None:
     assert {kind: sent.uid for kind, sent in contexts.RESULT_CLASSES.items()} == {
         "sr": structured_report.SOP_CLASS_UID,
         "sc": secondary_capture.SOP_CLASS_UID,
+        "seg": segmentation.SOP_CLASS_UID,
     }
 
 
