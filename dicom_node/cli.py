@@ -245,8 +245,8 @@ def worklist_show(row_id: RowId, as_json: AsJson = False, config: Config = None)
     console = Console()
     _print_pairs(console, row)
     for name, items in details.items():
-        _print_table(console, name, items)
-    _print_table(console, "history", [_event_line(event) for event in events])
+        _print_items(console, name.removesuffix("s") if name != "deliveries" else "delivery", items)
+    _print_history(console, events)
 
 
 @worklist_app.command("tail")
@@ -400,7 +400,7 @@ def _print_rows(rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
         return
     table = Table(*_LISTED)
     for row in rows:
-        table.add_row(*(_cell(row[name]) for name in _LISTED))
+        table.add_row(*(_shown(name, row[name]) for name in _LISTED))
     Console().print(table)
 
 
@@ -410,7 +410,7 @@ def _print_change(row: Mapping[str, Any], *, as_json: bool) -> None:
         return
     parts = [f"{row['updated_at']}", f"#{row['id']}", f"r{row['revision']}", f"{row['state']:<10}"]
     if row["finding"] and row["probability"] is not None:
-        parts.append(f"{row['finding']} {row['probability']:.3f}")
+        parts.append(f"{row['finding']} {_shown('probability', row['probability'])}")
     parts += [str(row[name]) for name in ("reason", "views", "last_error") if row[name]]
     typer.echo("  ".join(parts))
 
@@ -418,31 +418,35 @@ def _print_change(row: Mapping[str, Any], *, as_json: bool) -> None:
 def _print_pairs(console: Console, row: Mapping[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     for name, value in row.items():
-        table.add_row(f"[bold]{name}[/bold]", _cell(value))
+        table.add_row(f"[bold]{name}[/bold]", _shown(name, value))
     console.print(table)
 
 
-def _print_table(console: Console, title: str, items: Iterable[Mapping[str, Any]]) -> None:
-    items = list(items)
-    if not items:
-        return
-    table = Table(*items[0], title=title, title_justify="left")
-    for item in items:
-        table.add_row(*(_cell(value) for value in item.values()))
-    console.print(table)
+def _print_items(console: Console, title: str, items: Iterable[Mapping[str, Any]]) -> None:
+    """Print each item as a block of its filled fields: a UID or a digest that a table has cut is of no use."""
+    for number, item in enumerate(items, 1):
+        console.print(f"\n[bold]{title} {number}[/bold]")
+        for name, value in item.items():
+            if value not in (None, ""):
+                console.print(f"  {name:<20} {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _event_line(event: Any) -> dict[str, Any]:
-    change = f"{event.from_state or ''} -> {event.to_state}" if event.to_state else ""
-    return {"at": event.at, "revision": event.revision, "event": event.event, "change": change, "detail": event.detail}
+def _print_history(console: Console, events: Iterable[Any]) -> None:
+    console.print("\n[bold]history[/bold]")
+    for event in events:
+        change = f"{event.from_state or ''} -> {event.to_state}" if event.to_state else ""
+        line = f"  {event.at}  r{event.revision or 0}  {event.event:<16} {change:<24} {event.detail or ''}"
+        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
-def _cell(value: object) -> str:
+def _shown(name: str, value: object) -> str:
     from rich.markup import escape
+
+    from pipeline.wording import percent
 
     if value is None:
         return ""
-    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))
+    return f"{percent(value)} %" if name == "probability" and isinstance(value, float) else escape(str(value))
 
 
 def _print_verdict(console: Console, verdict: Any, release: str, load_ms: float) -> None:

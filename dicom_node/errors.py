@@ -25,8 +25,10 @@ class RemnantError(Exception):
 
     def __str__(self) -> str:
         study = f" (study {self.study})" if self.study else ""
-        hint = f" {self.hint}" if self.hint else ""
-        return f"{self.message}{study}{hint}"
+        text = f"{self.message}{study}"
+        if not self.hint:
+            return text
+        return f"{text} {self.hint}" if text.endswith(".") else f"{text}; {self.hint}"
 
 
 class WrongUse(RemnantError):  # noqa: N818 - named for what it says
