@@ -195,3 +195,38 @@ def start_storescp(peer: Callable[[str], Path], tmp_path: Path) -> Iterator[Call
     yield start
     for process in running:
         _end(process)
+
+
+@dataclass(frozen=True)
+class QrScp:
+    """A running DCMTK dcmqrscp with one archive; `stored()` reads what lies in it."""
+
+    ae_title: str
+    host: str
+    port: int
+    directory: Path
+
+    def stored(self) -> list[Path]:
+        return sorted(path for path in self.directory.iterdir() if path.name != "index.dat")
+
+
+@pytest.fixture(scope="session")
+def dcmqrscp(peer: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[QrScp]:
+    """One DCMTK archive for the whole session: give each test a study UID of its own."""
+    program = peer("/usr/bin/dcmqrscp")
+    root = tmp_path_factory.mktemp("dcmqrscp")
+    archive = QrScp("QRSCP", "127.0.0.1", _free_port(), root / "archive")
+    archive.directory.mkdir()
+    configuration = root / "dcmqrscp.cfg"
+    configuration.write_text(
+        f"NetworkTCPPort = {archive.port}\nMaxPDUSize = 16384\nMaxAssociations = 16\n"
+        "HostTable BEGIN\nHostTable END\nVendorTable BEGIN\nVendorTable END\n"
+        f"AETable BEGIN\n{archive.ae_title} {archive.directory} RW (2000, 1024mb) ANY\nAETable END\n"
+    )
+    with (root / "dcmqrscp.log").open("wb") as log:
+        process = subprocess.Popen([str(program), "--config", str(configuration)], stdout=log, stderr=log)
+    try:
+        _wait_until(lambda: _listens(archive.port), process, "dcmqrscp")
+        yield archive
+    finally:
+        _end(process)
