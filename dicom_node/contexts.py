@@ -35,6 +35,7 @@ IMPLEMENTATION_CLASS_UID = "2.25.192122012015948417401117794288184749199"
 IMPLEMENTATION_VERSION_NAME = f"REMNANT_{__version__}"[:16]
 
 VERIFICATION = "1.2.840.10008.1.1"
+STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"  # proposed to a destination with `query = true`
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,14 @@ from pynetdicom.presentation import PresentationContext, build_context
 
 from dicom_node import contexts
 from dicom_node.errors import RemnantError
+from dicom_node.whose import Identity
 
 # pynetdicom then reads the encoded dataset from the file as it stands, instead of decoding and encoding it again: the
 # archive gets the bytes whose digest stands in the worklist. Its documented switch; it has no other form than global.
 _config.STORE_SEND_CHUNKED_DATASET = True
+# What a query asks and what it is answered names patients, and pynetdicom would log both.
+_config.LOG_REQUEST_IDENTIFIERS = False
+_config.LOG_RESPONSE_IDENTIFIERS = False
 
 Kind = Literal["acknowledged", "refused", "later", "rejected_context"]
 
@@ -265,6 +269,34 @@ def accepted_classes(
         line.close()
 
 
+def find_studies(
+    peer: Peer,
+    study_instance_uids: Sequence[str],
+    *,
+    calling_ae_title: str,
+    connect_timeout_s: float,
+    acse_timeout_s: float,
+    dimse_timeout_s: float,
+    tls: ssl.SSLContext | None = None,
+) -> dict[str, tuple[Identity, ...] | Outcome]:
+    """Ask an archive whose each study is (C-FIND, Study Root, STUDY level; PS3.4 C.4.1), over one association.
+
+    A study is answered by every identity under which the archive knows it, none where it does not know it, or by the
+    outcome ("later") that says why that could not be found out. What the network or the peer does never raises.
+    """
+    line = _Line(
+        peer,
+        [build_context(contexts.STUDY_ROOT_FIND, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
+        calling_ae_title=calling_ae_title,
+        timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
+        tls=tls,
+    )
+    try:
+        return {uid: line.find(uid) for uid in dict.fromkeys(study_instance_uids)}
+    finally:
+        line.close()
+
+
 @dataclass(frozen=True, slots=True)
 class _Timeouts:
     connect_s: float
@@ -354,6 +386,48 @@ class _Line:
         if self.fault is not None:
             return self.fault
         return self._ask(self._timeouts.dimse_s, "C_ECHO_RSP", "", self._next_message_id(), None)
+
+    def find(self, study_instance_uid: str) -> tuple[Identity, ...] | Outcome:
+        """Ask whose one study is, if the association stands."""
+        if self.fault is not None:
+            if self.fault.kind == "rejected_context":
+                return Outcome(
+                    "later", None, "the archive takes no queries for studies (Study Root C-FIND)", alarm=True
+                )
+            return self.fault
+        assoc = self._assoc
+        if assoc is None or not assoc.is_established:
+            return self._ended("the archive ended the association")
+        limit_s = assoc.dimse_timeout = self._timeouts.dimse_s
+        found: list[Identity] = []
+        query = _study_query(study_instance_uid)
+        try:
+            with self._at_most(limit_s + _GRACE_S):
+                for response, identifier in assoc.send_c_find(
+                    query, contexts.STUDY_ROOT_FIND, msg_id=self._next_message_id()
+                ):
+                    if "Status" not in response:
+                        return self._ended("the archive did not answer our query for the study")
+                    status = int(response.Status)
+                    if status not in _PENDING:
+                        break
+                    # An archive that does not match by the study's UID may answer with other studies.
+                    if identifier is None or _text(identifier, "StudyInstanceUID") != study_instance_uid:
+                        continue
+                    found.append(_identity(identifier))
+                    if len(found) > _MOST_IDENTITIES:
+                        assoc.abort()
+                        return self._ended("the archive knows the study under more identities than a person can read")
+                else:
+                    return self._ended("the archive did not end its answer to our query for the study")
+        except RuntimeError:  # pynetdicom: it ended between our look and its own
+            return self._ended("the archive ended the association")
+        except _UNREADABLE as error:
+            assoc.abort()
+            return self._ended(f"the archive's answer to our query cannot be read ({type(error).__name__})")
+        if status != 0x0000:
+            return Outcome("later", status, f"the archive could not answer our query for the study ({status:04X})")
+        return tuple(dict.fromkeys(found))
 
     def close(self) -> None:
         """End the association, if it stands, and the connection."""
@@ -472,6 +546,42 @@ class _Line:
             yield
         finally:
             timer.cancel()
+
+
+_PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1
+_MOST_IDENTITIES = 16
+
+
+def _study_query(study_instance_uid: str) -> Dataset:
+    """Return the identifier of a query for one study; in UTF-8, because an archive may answer in the query's set."""
+    query = Dataset()
+    query.SpecificCharacterSet = "ISO_IR 192"
+    query.QueryRetrieveLevel = "STUDY"
+    query.StudyInstanceUID = study_instance_uid
+    for keyword in _ASKED:
+        setattr(query, keyword, "")
+    return query
+
+
+_ASKED = ("PatientID", "IssuerOfPatientID", "PatientName", "AccessionNumber", "PatientBirthDate", "PatientSex")
+
+
+def _identity(identifier: Dataset) -> Identity:
+    return Identity(
+        study_instance_uid=_text(identifier, "StudyInstanceUID"),
+        patient_id=_text(identifier, "PatientID"),
+        issuer_of_patient_id=_text(identifier, "IssuerOfPatientID"),
+        patient_name=_text(identifier, "PatientName"),
+        accession_number=_text(identifier, "AccessionNumber"),
+        patient_birth_date=_text(identifier, "PatientBirthDate"),
+        patient_sex=_text(identifier, "PatientSex"),
+    )
+
+
+def _text(ds: Dataset, keyword: str) -> str:
+    value = ds.get(keyword)
+    # A value may hold what no database takes; it then differs from ours, which holds the result back.
+    return "" if value is None else str(value).replace("\0", "").strip().encode("utf-8", "replace").decode("utf-8")
 
 
 # Syntaxes that differ from Implicit VR Little Endian in nothing but the coding of lengths and representations.

@@ -189,8 +189,9 @@ class Destination(_Section):
     """Secondary Capture in true colour or in grey; some workstations show only one."""
     storage_commitment: Annotated[bool, _not_built(False)] = False
     """Ask for Storage Commitment. Not built yet: only false is accepted, so that nobody relies on it."""
-    query: Annotated[bool, _not_built(False)] = False
-    """Ask the archive for the study's identity before sending. Not built yet: only false is accepted."""
+    query: bool = False
+    """Ask the archive whose the study is (C-FIND) before sending to it, and hold back what differs. Off by default:
+    not every archive answers queries, and a result waits until it does."""
     test: bool = False
     """True for a test archive: only such a one may get the results of demonstration weights."""
     tls: Annotated[bool, _not_built(False)] = False

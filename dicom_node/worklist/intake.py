@@ -17,16 +17,20 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping, insert, select, update
 
+from dicom_node.whose import Identity
 from dicom_node.worklist import history
 from dicom_node.worklist.clock import now, text_of
 from dicom_node.worklist.engine import INTAKE_LOCK, lock, writing
 from dicom_node.worklist.guard import Standing, change
 from dicom_node.worklist.states import NEW, REST
-from dicom_node.worklist.tables import delivery, instance, result, scan
+from dicom_node.worklist.tables import delivery, identity, instance, result, scan
 from pipeline.finding import ViewName
 from pipeline.views import FrameFacts, HeaderFacts, group
 
 NM_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.20"
+
+KEY_OBJECT = "kos"
+"""The kind of a result that withdraws others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,9 @@ def receive(engine: Engine, facts: HeaderFacts, stored: Stored, *, source_aet: s
                 return Receipt(row["scan_id"], _state(conn, row["scan_id"]), new=False, queued=False)
         if known:
             return _receive_version(conn, facts, stored, source_aet, known)
+        made_by = _result_of(conn, facts.sop_instance_uid)
+        if made_by is not None:
+            return _receive_returned(conn, facts, stored, source_aet, made_by)
         alarms = _alarms(conn, facts)
         if _may_be_analysed(facts):
             scan_id, queued = _receive_view(conn, facts, stored, source_aet, rules)
@@ -158,7 +165,22 @@ def _receive_version(
 ) -> Receipt:
     row = _hold(conn, known[0]["scan_id"])
     version = known[-1]["version"] + 1
-    _insert_instance(conn, row["id"], facts, stored, source_aet, version=version, verdict="pending")
+    instance_id = _insert_instance(conn, row["id"], facts, stored, source_aet, version=version, verdict="pending")
+    if known[0]["candidate"] and _names_another(row, facts):
+        record_identity(
+            conn,
+            row["id"],
+            Identity(
+                study_instance_uid=facts.study_instance_uid,
+                patient_id=facts.patient_id,
+                issuer_of_patient_id=facts.issuer_of_patient_id,
+                patient_name=facts.patient_name,
+                accession_number=facts.accession_number,
+            ),
+            origin="resend",
+            said_by=source_aet,
+            instance_id=instance_id,
+        )
     history.append(
         conn,
         row["id"],
@@ -167,6 +189,56 @@ def _receive_version(
         detail=f"{facts.sop_instance_uid} version {version} sha256 {stored.sha256}",
     )
     return Receipt(row["id"], row["state"], new=True, queued=True, alarms=("version_received",))
+
+
+def _result_of(conn: Connection, sop_instance_uid: str) -> int | None:
+    """The row that made a result which now comes in."""
+    found: int | None = conn.scalar(select(result.c.scan_id).where(result.c.sop_instance_uid == sop_instance_uid))
+    return found
+
+
+def _receive_returned(conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, scan_id: int) -> Receipt:
+    """Keep our own result, sent back by a router, with the row that made it: no row of its own, whoever it names."""
+    row = _hold(conn, scan_id)
+    ours = replace(facts, reason=facts.reason or "wrong_class", ours=False)
+    _insert_instance(conn, scan_id, ours, stored, source_aet, candidate=False)
+    # Its bytes have to be purged too, also where those of the row are gone.
+    conn.execute(update(scan).where(scan.c.id == scan_id).values(purged_at=None))
+    history.append(
+        conn,
+        scan_id,
+        "returned",
+        revision=row["revision"],
+        detail=f"{facts.sop_instance_uid} sha256 {stored.sha256} from {source_aet}",
+    )
+    return Receipt(scan_id, row["state"], new=True, queued=False)
+
+
+def _names_another(row: RowMapping, facts: HeaderFacts) -> bool:
+    names = ("study_instance_uid", "patient_id", "issuer_of_patient_id", "patient_name", "accession_number")
+    return any(row[name] != getattr(facts, name) for name in names)
+
+
+def record_identity(
+    conn: Connection, scan_id: int, one: Identity, *, origin: str, said_by: str, instance_id: int | None = None
+) -> None:
+    """Keep another identity of a row's scan, open until a person decides."""
+    conn.execute(
+        insert(identity).values(
+            scan_id=scan_id,
+            origin=origin,
+            said_by=said_by,
+            instance_id=instance_id,
+            study_instance_uid=one.study_instance_uid,
+            patient_id=one.patient_id,
+            issuer_of_patient_id=one.issuer_of_patient_id,
+            patient_name=one.patient_name,
+            accession_number=one.accession_number,
+            patient_birth_date=one.patient_birth_date,
+            patient_sex=one.patient_sex,
+            seen_at=now(),
+        )
+    )
 
 
 # --- objects that are never analysed ---------------------------------------------------------------------------------
@@ -420,11 +492,18 @@ def _settle_intake(conn: Connection, standing: Standing, one: _Group, rules: Int
 
 
 def _move(conn: Connection, sop_instance_uids: frozenset[str], scan_id: int) -> None:
-    """Every version of an object goes where its first goes."""
-    conn.execute(
+    """Every version of an object goes where its first goes. What a person accepted for the row it leaves is open again:
+    nobody has looked at this set of views."""
+    moved = conn.scalars(
         update(instance)
         .where(instance.c.sop_instance_uid.in_(sop_instance_uids), instance.c.scan_id != scan_id)
         .values(scan_id=scan_id)
+        .returning(instance.c.id)
+    ).all()
+    conn.execute(
+        update(identity)
+        .where(identity.c.instance_id.in_(moved))
+        .values(scan_id=scan_id, settled_at=None, accepted_revision=None)
     )
 
 
@@ -450,24 +529,32 @@ def _leave_empty(conn: Connection, row: RowMapping, taken_by: int, rules: Intake
 
 
 def identity_disputed(conn: Connection, scan_id: int) -> bool:
-    """Say whether an image of this row also arrived with another identity."""
+    """Say whether an image of this row also arrived with another identity, about which no person has decided."""
     return (
         conn.execute(
             select(instance.c.id)
-            .where(instance.c.scan_id == scan_id, instance.c.verdict == "identity_changed", instance.c.candidate == 1)
+            .where(
+                instance.c.scan_id == scan_id,
+                instance.c.verdict == "identity_changed",
+                instance.c.candidate == 1,
+                ~select(identity.c.id)
+                .where(identity.c.instance_id == instance.c.id, identity.c.settled_at.is_not(None))
+                .exists(),
+            )
             .limit(1)
         ).first()
         is not None
     )
 
 
-def cancel_deliveries(conn: Connection, scan_id: int, revision: int) -> None:
-    """Cancel what was not sent yet. One that is under way may still arrive; its record then says so."""
-    cancelled = conn.execute(
-        update(delivery)
-        .where(delivery.c.scan_id == scan_id, delivery.c.state == "pending")
-        .values(state="cancelled", updated_at=now())
-    )
+def cancel_deliveries(conn: Connection, scan_id: int, revision: int, *, recalls: bool = False) -> None:
+    """Cancel what was not sent yet. One that is under way may still arrive; its record then says so. What withdraws
+    earlier results (a key object) goes out all the same, unless `recalls`."""
+    unsent = update(delivery).where(delivery.c.scan_id == scan_id, delivery.c.state == "pending")
+    if not recalls:
+        key_objects = select(result.c.id).where(result.c.scan_id == scan_id, result.c.kind == KEY_OBJECT)
+        unsent = unsent.where(delivery.c.result_id.not_in(key_objects))
+    cancelled = conn.execute(unsent.values(state="cancelled", updated_at=now()))
     if cancelled.rowcount:
         history.append(conn, scan_id, "cancelled", revision=revision, detail=f"{cancelled.rowcount} deliveries")
 
@@ -532,9 +619,11 @@ def _insert_instance(
     *,
     version: int = 1,
     verdict: str | None = None,
-) -> None:
-    conn.execute(
-        insert(instance).values(
+    candidate: bool | None = None,
+) -> int:
+    inserted = conn.scalar(
+        insert(instance)
+        .values(
             scan_id=scan_id,
             sop_class_uid=facts.sop_class_uid,
             sop_instance_uid=facts.sop_instance_uid,
@@ -545,14 +634,16 @@ def _insert_instance(
             size_bytes=stored.size_bytes,
             spool_name=stored.spool_name,
             facts=_facts_json(facts),
-            candidate=int(_may_be_analysed(facts)),
+            candidate=int(_may_be_analysed(facts) if candidate is None else candidate),
             reason=facts.reason,
             version=version,
             verdict=verdict,
             source_aet=source_aet,
             received_at=now(),
         )
+        .returning(instance.c.id)
     )
+    return int(inserted or 0)
 
 
 def _received(conn: Connection, scan_id: int, facts: HeaderFacts, stored: Stored, revision: int) -> None:

@@ -183,6 +183,36 @@ delivery = Table(
     sqlite_autoincrement=True,
 )
 
+# Other identities under which a row's scan is known, for a person to compare: an archive's answer to a query, or the
+# same image sent again. The rows go when `forget` empties the identity columns of `scan`.
+identity = Table(
+    "identity",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("scan_id", Integer, ForeignKey("scan.id"), nullable=False),
+    Column("origin", Text, nullable=False),
+    # The destination that answered, or the AE title that sent the image again.
+    Column("said_by", Text, nullable=False),
+    # The other version of an image, where origin is "resend".
+    Column("instance_id", Integer, ForeignKey("instance.id")),
+    Column("study_instance_uid", Text, nullable=False),
+    Column("patient_id", Text, nullable=False),
+    Column("issuer_of_patient_id", Text, nullable=False),
+    Column("patient_name", Text, nullable=False),
+    Column("accession_number", Text, nullable=False),
+    Column("patient_birth_date", Text, nullable=False),
+    Column("patient_sex", Text, nullable=False),
+    Column("seen_at", Text, nullable=False),
+    # When a person decided, or the same archive said something else; null while it is open.
+    Column("settled_at", Text),
+    # The revision that a person opened by accepting it; null where nobody did.
+    Column("accepted_revision", Integer),
+    CheckConstraint("origin IN ('archive', 'resend')", name="origin"),
+    Index("ix_identity_scan_id", "scan_id"),
+    Index("ix_identity_instance_id", "instance_id"),
+    sqlite_autoincrement=True,
+)
+
 event_table = Table(
     "event",
     metadata,

@@ -8,14 +8,14 @@ moment is either not marked or not retried; a crash in between leaves bytes that
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import Connection, Engine, RowMapping, or_, select, text, update
+from sqlalchemy import Connection, Engine, RowMapping, delete, or_, select, text, update
 
 from dicom_node.worklist import history
 from dicom_node.worklist.clock import now, read_clock, seconds_between
 from dicom_node.worklist.engine import reading, writing
 from dicom_node.worklist.schema import schema_is_current
 from dicom_node.worklist.states import REST
-from dicom_node.worklist.tables import instance, result, scan
+from dicom_node.worklist.tables import identity, instance, result, scan
 
 NOT_OURS_DAYS = 2
 """Days for rows that are at rest without any result: not a scan we answer."""
@@ -136,6 +136,7 @@ def forget(engine: Engine, days: float) -> int:
                     forgotten_at=now(),
                 )
             )
+            conn.execute(delete(identity).where(identity.c.scan_id == row.id))
             history.append(conn, row.id, "forgotten", revision=row.revision)
         return len(old)
 

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, RowMapping, column, func, select, table
 
 from dicom_node.worklist.engine import reading
 from dicom_node.worklist.states import STATES, TransitionRefused
-from dicom_node.worklist.tables import VIEW_COLUMNS, delivery, instance, result, scan
+from dicom_node.worklist.tables import VIEW_COLUMNS, delivery, identity, instance, result, scan
 
 _view = table("worklist", *(column(name) for name in VIEW_COLUMNS))
 
@@ -55,6 +55,21 @@ _DELIVERY_COLUMNS = (
     "last_error",
     "first_tried_at",
     "updated_at",
+)
+_IDENTITY_COLUMNS = (
+    "id",
+    "origin",
+    "said_by",
+    "patient_id",
+    "issuer_of_patient_id",
+    "patient_name",
+    "accession_number",
+    "patient_birth_date",
+    "patient_sex",
+    "study_instance_uid",
+    "seen_at",
+    "settled_at",
+    "accepted_revision",
 )
 
 
@@ -100,21 +115,32 @@ def scan_of(engine: Engine, sop_instance_uid: str) -> int | None:
 
 def details(engine: Engine, scan_id: int) -> dict[str, list[dict[str, Any]]]:
     """What hangs on a row: `instances` (received), `results` (made), `deliveries` (sent, with the SOP Instance UID of
-    the result), each oldest first, all revisions. Empty lists for a row that is not there."""
+    the result), `identities` (others that an archive or a second sending names; id 0 is the received one, there where
+    another is), each oldest first, all revisions. Empty lists for a row that is not there."""
     received = select(*(instance.c[name] for name in _INSTANCE_COLUMNS))
     made = select(*(result.c[name] for name in _RESULT_COLUMNS))
     sent = select(*(delivery.c[name] for name in _DELIVERY_COLUMNS), result.c.sop_instance_uid, result.c.revision).join(
         result, result.c.id == delivery.c.result_id
     )
     parts = {"instances": (received, instance), "results": (made, result), "deliveries": (sent, delivery)}
+    others = select(*(identity.c[name] for name in _IDENTITY_COLUMNS)).where(identity.c.scan_id == scan_id)
+    ours = ("patient_id", "issuer_of_patient_id", "patient_name", "accession_number", "study_instance_uid")
     with reading(engine) as conn:
-        return {
+        found = {
             part: [
                 dict(one)
                 for one in conn.execute(wanted.where(source.c.scan_id == scan_id).order_by(source.c.id)).mappings()
             ]
             for part, (wanted, source) in parts.items()
         }
+        named = [dict(one) for one in conn.execute(others.order_by(identity.c.id)).mappings()]
+        if named:
+            row_itself = conn.execute(select(scan).where(scan.c.id == scan_id)).mappings().one()
+            first: dict[str, Any] = dict.fromkeys(_IDENTITY_COLUMNS)
+            first |= {name: row_itself[name] for name in ours}
+            first |= {"id": 0, "origin": "received", "said_by": row_itself["source_aet"]}
+            named.insert(0, first)
+        return {**found, "identities": named}
 
 
 def counts_by_state(engine: Engine) -> dict[str, int]:

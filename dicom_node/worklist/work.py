@@ -11,7 +11,8 @@ from typing import Literal
 
 from sqlalchemy import Connection, Engine, RowMapping, func, or_, select, update
 
-from dicom_node.worklist import history
+from dicom_node.whose import AcceptedIdentity
+from dicom_node.worklist import history, identities
 from dicom_node.worklist.clock import now, read_clock, seconds_between
 from dicom_node.worklist.deliveries import NewResult, insert_delivery, insert_result, settle
 from dicom_node.worklist.engine import reading, writing
@@ -69,6 +70,7 @@ class Claim:
         same bytes.
     views: as in the worklist, "anterior,posterior".
     instances: in the order of their SOP Instance UIDs.
+    accepted: whose the results are to be, where a person accepted another identity than the received one.
     """
 
     scan_id: int
@@ -85,6 +87,7 @@ class Claim:
     accession_number: str | None = field(repr=False)
     instances: tuple[ClaimedInstance, ...] = ()
     predecessors: tuple[Predecessor, ...] = ()
+    accepted: AcceptedIdentity | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,7 @@ def claim(engine: Engine, owner: str, boot: str) -> Claim | None:
             accession_number=row["accession_number"],
             instances=_instances(conn, row["id"]),
             predecessors=_predecessors(conn, row),
+            accepted=identities.accepted(conn, row),
         )
 
 
@@ -228,7 +232,7 @@ def _predecessors(conn: Connection, row: RowMapping) -> tuple[Predecessor, ...]:
             one["sop_class_uid"],
             one["sop_instance_uid"],
             one["series_instance_uid"],
-            one["study_instance_uid"],
+            identities.study_of_revision(conn, one["scan_id"], one["study_instance_uid"], one["revision"]),
             one["kind"],
         )
         for results in by_row.values()
@@ -548,13 +552,13 @@ def judge_version(engine: Engine, instance_id: int, verdict: Version) -> None:
             update(instance)
             .where(instance.c.id == instance_id, instance.c.verdict == "pending")
             .values(verdict=verdict)
-            .returning(instance.c.sop_instance_uid, instance.c.version)
+            .returning(instance.c.sop_instance_uid, instance.c.version, instance.c.candidate)
         ).first()
         if judged is None:
             return
         detail = f"{judged.sop_instance_uid} version {judged.version}"
         event = "version_judged" if verdict == "same_content" else verdict
-        if verdict != "identity_changed" or row["kind"] == "kept":
+        if verdict != "identity_changed" or row["kind"] == "kept" or not judged.candidate:
             history.append(conn, scan_id, event, revision=row["revision"], detail=f"{detail}: {verdict}")
             return
         cancel_deliveries(conn, scan_id, row["revision"])
