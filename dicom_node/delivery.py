@@ -3,6 +3,10 @@
 A thread a destination, so that one which is away delays no other. At least once, with the same UID and the same bytes:
 a delivery is marked acknowledged only after the archive's answer, so a sender killed in between sends again, and the
 archive sees a duplicate of the identical object, never a second result.
+
+Where an archive does not take the class of a report, the next object of `chain` goes instead. What an archive refused
+is not remembered: archives get reconfigured, asking again costs an association, and a memory would keep the better
+report from it until somebody restarts the node.
 """
 
 import random
@@ -10,14 +14,16 @@ import threading
 import time
 from typing import Literal
 
+from pydicom.uid import UID
 from sqlalchemy import Engine
 
 from dicom_node import log, worklist
-from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, find_studies, send
+from dicom_node.chain import ChainError, next_object
+from dicom_node.errors import StorageError
+from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, send
 from dicom_node.settings import Destination, Settings
 from dicom_node.spool import Spool
 from dicom_node.wake import Bell
-from dicom_node.whose import differences
 
 BATCH = 100
 """Objects in one association: after a long outage no association should last for hours."""
@@ -82,8 +88,6 @@ class Sender:
         due = worklist.due_deliveries(self._engine, destination.name, owner=self._owner, limit=BATCH, hold_s=HOLD_S)
         if not due:
             return False
-        if destination.query:
-            due = self._meant_for(destination, due)
         by_key = {delivery.id: delivery for delivery in due}
         parcels = [
             Parcel(
@@ -106,58 +110,14 @@ class Sender:
             acse_timeout_s=timeout_s,
             dimse_timeout_s=timeout_s,
         ):
-            self._record(destination, by_key[parcel.key], outcome, started)
+            delivery = by_key[parcel.key]
+            if outcome.kind == "rejected_context" and delivery.kind == "sr":
+                instead = self._fall_back(destination, delivery, outcome)
+                if instead is None:
+                    continue
+                outcome = instead
+            self._record(destination, delivery, outcome, started)
         return True
-
-    def _meant_for(
-        self, destination: Destination, due: tuple[worklist.DueDelivery, ...]
-    ) -> tuple[worklist.DueDelivery, ...]:
-        """Return what may go: results whose study the archive does not know yet, or knows under the same identity.
-
-        Another identity stops the row, and a person decides. An archive that cannot be asked now is asked later: a
-        result that waits harms less than one in somebody else's record.
-        """
-        started = time.monotonic()
-        timeout_s = self._settings.delivery.timeout_s
-        answers = find_studies(
-            Peer(destination.name, destination.ae_title, destination.host, destination.port),
-            [delivery.whose.study_instance_uid for delivery in due],
-            calling_ae_title=self._settings.node.ae_title,
-            connect_timeout_s=timeout_s,
-            acse_timeout_s=timeout_s,
-            dimse_timeout_s=timeout_s,
-        )
-        may_go = []
-        for delivery in due:
-            known = answers[delivery.whose.study_instance_uid]
-            if isinstance(known, Outcome):
-                self._record(destination, delivery, known, started)
-                continue
-            # An archive may know one study under two patients: one of them must be ours.
-            differing = [differences(delivery.whose, one) for one in known]
-            if known and all(differing):
-                held = worklist.hold_identity(
-                    self._engine,
-                    delivery.scan_id,
-                    delivery.revision,
-                    destination=destination.name,
-                    known=known,
-                    differing=differing[0],
-                )
-                if held:
-                    _log.error(
-                        "identity_changed",
-                        scan=delivery.scan_id,
-                        revision=delivery.revision,
-                        destination=destination.name,
-                        differing=", ".join(differing[0]),
-                    )
-                else:  # stopped with the delivery before, or of a revision that is over; then only this one ends
-                    why = f"the archive knows the study with another {', '.join(differing[0])}"
-                    worklist.record_delivery(self._engine, delivery.id, state="refused", error=why)
-                continue
-            may_go.append(delivery)
-        return tuple(may_go)
 
     def _record(
         self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome, started: float
@@ -201,3 +161,37 @@ class Sender:
             retry_in_s=round(delay_s, 1) if state == "pending" else None,
             took_ms=round(1000 * (time.monotonic() - started), 1),
         )
+
+    def _fall_back(self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome) -> Outcome | None:
+        """Let the next object go in the place of a report whose class is not taken; None where one does, else what
+        becomes of the report."""
+        try:
+            replacement = next_object(self._engine, self._spool, delivery, sc=destination.sc)
+            if replacement is None:
+                text = f"{outcome.text}, nor any simpler report, and the scan has no picture to send instead"
+                return Outcome("refused", outcome.status, text, alarm=True)
+            refused, taken = UID(delivery.sop_class_uid).name, UID(replacement.sop_class_uid).name
+            worklist.substitute_delivery(
+                self._engine,
+                delivery.id,
+                replacement,
+                status=outcome.status,
+                why=f"{refused}: {outcome.text}; {taken} goes instead",
+            )
+        except (OSError, StorageError) as error:  # the volume is away or full
+            return Outcome("later", outcome.status, f"no simpler report could be stored: {error}", alarm=True)
+        except worklist.TransitionRefused as error:
+            _log.info("not_substituted", scan=delivery.scan_id, revision=delivery.revision, why=str(error))
+            return None
+        except ChainError as error:
+            return Outcome("refused", outcome.status, f"{outcome.text}, and {error}", alarm=True)
+        _log.warning(
+            "substituted",
+            scan=delivery.scan_id,
+            revision=delivery.revision,
+            destination=destination.name,
+            refused=refused,
+            goes_instead=taken,
+            outcome=outcome.text,
+        )
+        return None

@@ -4,13 +4,12 @@ Taking a delivery pushes its `not_before` into the future instead of locking any
 another when the hold ends, or at once by its own next life. At least once, the same bytes under the same UID.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from sqlalchemy import Connection, Engine, case, func, insert, select, update
 
-from dicom_node.whose import Identity
-from dicom_node.worklist import history, identities
+from dicom_node.worklist import history
 from dicom_node.worklist.clock import now, read_clock, seconds_between
 from dicom_node.worklist.engine import reading, writing
 from dicom_node.worklist.guard import Standing, change
@@ -25,8 +24,7 @@ class DueDelivery:
     """An object to send to the destination that was asked for.
 
     `attempts` counts the ended tries, `first_tried_at` is this try's time for the first, `tried_for_s` the seconds
-    since then by the database's clock: what `give_up_after_days` is compared with. `whose`: the identity that the
-    object has to have at the destination.
+    since then by the database's clock: what `give_up_after_days` is compared with.
     """
 
     id: int
@@ -41,7 +39,6 @@ class DueDelivery:
     first_tried_at: str
     tried_for_s: float
     study_instance_uid: str
-    whose: Identity = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +141,8 @@ def due_deliveries(
             .where(delivery.c.id.in_(taken))
             .order_by(delivery.c.id)
         ).mappings()
-        lines = found.all()
-        rows = conn.execute(select(scan).where(scan.c.id.in_({line["scan_id"] for line in lines}))).mappings().all()
-        whose = {row["id"]: identities.expected(conn, row) for row in rows}
         return tuple(
-            DueDelivery(
-                **line,
-                tried_for_s=max(0.0, seconds_between(line["first_tried_at"], clock)),
-                whose=whose[line["scan_id"]],
-            )
-            for line in lines
+            DueDelivery(**row, tried_for_s=max(0.0, seconds_between(row["first_tried_at"], clock))) for row in found
         )
 
 
@@ -217,11 +206,38 @@ def record_delivery(
         settle(conn, scan_id)
 
 
-def substitute_delivery(engine: Engine, delivery_id: int, replacement: NewResult) -> int:
-    """Send another object instead, to a destination that does not take this one; returns the new delivery's id.
+def stored_results(engine: Engine, scan_id: int, revision: int) -> tuple[NewResult, ...]:
+    """Return the result objects of a revision whose bytes are still there, oldest first."""
+    with reading(engine) as conn:
+        found = conn.execute(
+            select(
+                result.c.kind,
+                result.c.variant,
+                result.c.sop_class_uid,
+                result.c.sop_instance_uid,
+                result.c.series_instance_uid,
+                result.c.sha256,
+                result.c.file_name,
+            )
+            .where(result.c.scan_id == scan_id, result.c.revision == revision, result.c.purged_at.is_(None))
+            .order_by(result.c.id)
+        ).mappings()
+        return tuple(NewResult(**row) for row in found)
+
+
+def substitute_delivery(
+    engine: Engine,
+    delivery_id: int,
+    replacement: NewResult,
+    *,
+    status: int | None = None,
+    why: str = "not taken, another goes instead",
+) -> int:
+    """Send another object instead, to a destination that does not take this one; returns that delivery's id.
 
     The next object of the fallback chain, its bytes durable already. A second destination that needs the same object
-    shares its result.
+    shares its result; a destination that gets the other object anyway keeps that one delivery, and the row rests if it
+    was the last. `status` is what the destination said, `why` a phrase for the row, its history and a person.
 
     Raises
     ------
@@ -232,13 +248,16 @@ def substitute_delivery(engine: Engine, delivery_id: int, replacement: NewResult
         standing = conn.execute(select(scan.c.state, scan.c.revision).where(scan.c.id == scan_id)).one()
         if standing.state != "sending" or standing.revision != revision:
             raise TransitionRefused(f"scan {scan_id} no longer sends revision {revision}")
+        said = f"{why}: {replacement.kind} {replacement.sop_instance_uid}"
         replaced = conn.execute(
             update(delivery)
             .where(delivery.c.id == delivery_id, delivery.c.state == "pending")
             .values(
                 state="cancelled",
+                attempts=delivery.c.attempts + 1,
                 claimed_by=None,
-                last_error=f"not taken; {replacement.kind} {replacement.sop_instance_uid} goes instead",
+                last_status=status,
+                last_error=said,
                 updated_at=now(),
             )
             .returning(delivery.c.destination)
@@ -250,9 +269,18 @@ def substitute_delivery(engine: Engine, delivery_id: int, replacement: NewResult
                 result.c.sop_instance_uid == replacement.sop_instance_uid, result.c.sha256 == replacement.sha256
             )
         ) or insert_result(conn, scan_id, revision, replacement)
-        detail = f"{replaced.destination}: {replacement.kind} {replacement.sop_instance_uid}"
-        history.append(conn, scan_id, "substituted", revision=revision, detail=detail)
-        return insert_delivery(conn, scan_id, result_id, replaced.destination)
+        history.append(conn, scan_id, "substituted", revision=revision, detail=f"{replaced.destination}: {said}")
+        known = conn.scalar(
+            select(delivery.c.id).where(
+                delivery.c.result_id == result_id, delivery.c.destination == replaced.destination
+            )
+        )
+        if known is None:
+            _explain(conn, scan_id, revision)
+            return insert_delivery(conn, scan_id, result_id, replaced.destination)
+        if settle(conn, scan_id) is None:
+            _explain(conn, scan_id, revision)
+        return int(known)
 
 
 def _hold_row_of(conn: Connection, delivery_id: int) -> tuple[int, int]:
@@ -294,28 +322,30 @@ def settle(conn: Connection, scan_id: int) -> str | None:
 def _explain(conn: Connection, scan_id: int, revision: int) -> None:
     """Put on the row why a good answer has not arrived, or not without a warning: the admin reads the row first.
 
-    The worst of its deliveries speaks: refused, given up, tried in vain, acknowledged with a warning. What the analysis
-    itself had to say (a failure, the detail of a reason) stays, unless the note about it cannot be delivered either.
+    The worst of its deliveries speaks: refused, given up, tried in vain, acknowledged with a warning, and last the one
+    in whose place a simpler object went (of several in a chain, the last). What the analysis itself had to say (a
+    failure, the detail of a reason) stays, unless the note about it cannot be delivered either.
     """
     row = conn.execute(select(scan.c.revision, scan.c.outcome).where(scan.c.id == scan_id)).one()
     if row.revision != revision or row.outcome == "failed":
         return
     weight = case({"refused": 0, "given_up": 1, "pending": 2, "acknowledged": 3}, value=delivery.c.state, else_=4)
+    order = case((delivery.c.state == "cancelled", -delivery.c.id), else_=delivery.c.id)
     worst = conn.execute(
         select(delivery.c.destination, delivery.c.state, delivery.c.last_status, delivery.c.last_error)
         .join(result, result.c.id == delivery.c.result_id)
         .where(
             delivery.c.scan_id == scan_id,
             result.c.revision == revision,
-            delivery.c.state != "cancelled",
             delivery.c.last_error.is_not(None),
         )
-        .order_by(weight, delivery.c.id)
+        .order_by(weight, order)
     ).first()
     said = None
     if worst is not None:
         status = "" if worst.last_status is None else f" with status {worst.last_status:04X}"
-        label = "will be tried again" if worst.state == "pending" else worst.state.replace("_", " ")
+        labels = {"pending": "will be tried again", "cancelled": "substituted"}
+        label = labels.get(worst.state, worst.state.replace("_", " "))
         said = f"{worst.destination}: {label}{status}: {worst.last_error}"
     if row.outcome == "analysed" or (worst is not None and worst.state in ("refused", "given_up")):
         conn.execute(update(scan).where(scan.c.id == scan_id).values(last_error=said))

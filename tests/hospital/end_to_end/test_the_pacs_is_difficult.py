@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from pydicom import Dataset
-from pydicom.uid import Comprehensive3DSRStorage, SecondaryCaptureImageStorage
+from pydicom.uid import SecondaryCaptureImageStorage
 from pynetdicom import AE, evt
 
+from dicom_node import contexts
 from dicom_node.archive import Archive
 from pipeline.camera import examination, expose
 from pipeline.phantom import phantom
@@ -96,21 +97,23 @@ def test_a_pacs_that_was_away_gets_the_results_when_it_is_back_without_anyones_h
     assert len(orthanc.find(str(scan[0].StudyInstanceUID))) == 2
 
 
-def test_a_class_that_the_pacs_refuses_stops_nothing_else_and_the_row_says_why(
+def test_a_pacs_that_refuses_every_report_has_the_result_in_the_picture_and_the_row_says_so(
     make_node: Callable[..., Any], choosy: Choosy, camera: Callable[..., None]
 ) -> None:
     node = make_node(choosy).start()
     camera(node.port, _scan(801))
-    (row,) = node.wait_for_rows(1, ("failed",))
+    (row,) = node.wait_for_rows(1, ("delivered",))
     assert choosy.classes == [SecondaryCaptureImageStorage]
     assert row["outcome"] == "analysed"
     assert row["finding"] == "present"
-    assert json.loads(row["delivered_to"]) == {"pacs0": "refused"}
-    assert "does not take this SOP class" in row["last_error"]
+    assert json.loads(row["delivered_to"]) == {"pacs0": "acknowledged"}
+    assert "Secondary Capture Image Storage goes instead" in row["last_error"]
     refused = node.query(
-        "select r.sop_class_uid from delivery d join result r on r.id = d.result_id where d.state = 'refused'"
+        "select r.sop_class_uid from delivery d join result r on r.id = d.result_id where d.state = 'cancelled'"
+        " order by d.id"
     )
-    assert refused == [(Comprehensive3DSRStorage,)]
+    assert [uid for (uid,) in refused] == [one.uid for one in contexts.REPORT_CHAIN]
+    assert node.log.count("goes_instead") == len(contexts.REPORT_CHAIN)
 
 
 def test_a_silent_destination_delays_no_other(

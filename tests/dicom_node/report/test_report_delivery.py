@@ -1,0 +1,263 @@
+"""Archives that take only some classes of reports: each gets the best it takes, and the row says which and why."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+
+import pydicom
+import pytest
+from pydicom.uid import (
+    BasicTextSRStorage,
+    Comprehensive3DSRStorage,
+    ComprehensiveSRStorage,
+    EnhancedSRStorage,
+    SecondaryCaptureImageStorage,
+)
+from pynetdicom import AE, evt
+
+from dicom_node import worklist
+from dicom_node.chain import ChainError, next_object
+from dicom_node.delivery import Sender
+from dicom_node.report import render
+from dicom_node.settings import Settings
+from dicom_node.spool import open_spool, put_result
+
+REPORTS = (Comprehensive3DSRStorage, ComprehensiveSRStorage, EnhancedSRStorage, BasicTextSRStorage)
+
+
+class Choosy:
+    """An archive that takes the classes it is told to, and answers 0122 for those it claims to take and does not."""
+
+    def __init__(self, takes, answers_0122=()):
+        self.objects = []
+        self._refused = answers_0122
+        ae = AE(ae_title="CHOOSY")
+        for uid in (*takes, *answers_0122, "1.2.840.10008.1.1"):
+            ae.add_supported_context(uid)
+        self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)])
+        self.port = self._server.server_address[1]
+
+    @property
+    def classes(self):
+        return [str(ds.SOPClassUID) for ds in self.objects]
+
+    def _store(self, event):
+        if event.request.AffectedSOPClassUID in self._refused:
+            return 0x0122
+        ds = event.dataset
+        ds.file_meta = event.file_meta
+        self.objects.append(ds)
+        return 0x0000
+
+    def stop(self):
+        self._server.shutdown()
+
+
+@pytest.fixture
+def choosy() -> Iterator[Callable[..., Choosy]]:
+    made = []
+
+    def make(*takes, answers_0122=()):
+        made.append(Choosy(takes, answers_0122))
+        return made[-1]
+
+    yield make
+    for archive in made:
+        archive.stop()
+
+
+class Scan:
+    """A scan analysed for real results, its deliveries due, and a sender for them."""
+
+    def __init__(self, made, engine, camera, worker, directory, **archives):
+        self.engine = engine
+        self.spool = open_spool(directory, 0)
+        results = archives.pop("results", {})
+        self.settings = Settings.model_validate(
+            {
+                "storage": {"directory": str(directory)},
+                "delivery": {"first_retry_s": 0.1, "max_retry_s": 0.2, "timeout_s": 5},
+                "destinations": [
+                    {
+                        "name": name,
+                        "ae_title": "CHOOSY",
+                        "host": "127.0.0.1",
+                        "port": archive.port,
+                        "results": results.get(name, ["sr", "sc"]),
+                        "test": True,
+                    }
+                    for name, archive in archives.items()
+                ],
+            }
+        )
+        self.scan_id = camera.send("scan").scan_id
+        held = worker.claim()
+        kinds = sorted({kind for one in self.settings.destinations for kind in one.results}, reverse=True)
+        stored = []
+        for one in render(made.outcome, made.sources, made.context, kinds):
+            name, digest = put_result(self.spool, one.data)
+            uids = (one.sop_class_uid, one.sop_instance_uid, one.series_instance_uid)
+            stored.append(worklist.NewResult(one.kind, one.variant, *uids, digest, name))
+        analysed = made.outcome.__class__.__name__ == "Finding"
+        worklist.finish(
+            engine,
+            held,
+            outcome="analysed" if analysed else "declined",
+            reason=None if analysed else made.outcome.reason,
+            finding=made.outcome.finding if analysed else None,
+            probability=made.outcome.probability if analysed else None,
+            model="net 1" if analysed else None,
+            results=stored,
+            deliveries=[
+                (result.sop_instance_uid, one.name)
+                for one in self.settings.destinations
+                for result in stored
+                if result.kind in one.results
+            ],
+        )
+
+    @property
+    def row(self):
+        return worklist.row(self.engine, self.scan_id)
+
+    @property
+    def history(self):
+        return [one.detail for one in worklist.events(self.engine, self.scan_id) if one.event == "substituted"]
+
+    @contextmanager
+    def sender(self):
+        stop = threading.Event()
+        sender = Sender(self.settings, self.engine, self.spool, owner="sender")
+        thread = threading.Thread(target=sender.run, args=(stop,))
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            sender.wake()
+            thread.join()
+
+    def deliver(self):
+        """Send until the row rests; return it."""
+        pause = threading.Event()
+        with self.sender():
+            for _ in range(600):
+                if self.row["state"] != "sending":
+                    break
+                pause.wait(0.05)
+        assert self.row["state"] != "sending", worklist.details(self.engine, self.scan_id)["deliveries"]
+        return self.row
+
+
+@pytest.fixture
+def scan(case, engine, camera, worker, tmp_path):
+    """`scan(outcome, name=archive, ...)`: a scan with this outcome, to be delivered to these archives."""
+
+    def make(outcome="present", **archives):
+        return Scan(case(outcome), engine, camera, worker, tmp_path / "var", **archives)
+
+    return make
+
+
+@pytest.mark.parametrize("taken", REPORTS)
+def test_an_archive_gets_the_best_report_that_it_takes(scan, choosy, taken):
+    behind = REPORTS[REPORTS.index(taken) :]
+    archive = choosy(SecondaryCaptureImageStorage, *behind)
+    made = scan(pacs=archive)
+    row = made.deliver()
+    assert sorted(archive.classes) == sorted([taken, SecondaryCaptureImageStorage])
+    assert (row["state"], row["delivered_to"]) == ("delivered", {"pacs": "acknowledged"})
+    refused = REPORTS.index(taken)
+    assert len(made.history) == refused
+    assert len(row["results"]) == 2 + refused
+    if refused:
+        assert f"{taken.name} goes instead" in row["last_error"]
+        assert f"{taken.name} goes instead" in made.history[-1]
+        assert "does not take this SOP class" in made.history[0]
+    else:
+        assert row["last_error"] is None
+    report = next(ds for ds in archive.objects if ds.SOPClassUID == taken)
+    picture = next(ds for ds in archive.objects if ds.SOPClassUID == SecondaryCaptureImageStorage)
+    for keyword in ("PatientID", "PatientName", "StudyInstanceUID", "AccessionNumber"):
+        assert report[keyword] == picture[keyword]
+
+
+def test_an_archive_that_takes_only_pictures_has_its_result_in_the_picture_it_gets_anyway(scan, choosy):
+    archive = choosy(SecondaryCaptureImageStorage)
+    row = scan(pacs=archive).deliver()
+    assert archive.classes == [SecondaryCaptureImageStorage]
+    assert (row["state"], row["delivered_to"]) == ("delivered", {"pacs": "acknowledged"})
+    assert "Basic Text SR Storage" in row["last_error"]
+    assert "Secondary Capture Image Storage goes instead" in row["last_error"]
+
+
+def test_a_picture_made_for_another_archive_goes_to_one_that_takes_no_report(scan, choosy):
+    pictures, everything = choosy(SecondaryCaptureImageStorage), choosy(SecondaryCaptureImageStorage, *REPORTS)
+    row = scan(old=pictures, new=everything, results={"old": ["sr"]}).deliver()
+    assert pictures.classes == [SecondaryCaptureImageStorage]
+    assert pictures.objects[0].SOPInstanceUID in [ds.SOPInstanceUID for ds in everything.objects]
+    assert (row["state"], row["delivered_to"]) == ("delivered", {"old": "acknowledged", "new": "acknowledged"})
+
+
+@pytest.mark.parametrize("outcome", ["present", "low_counts"])
+def test_where_nothing_is_left_to_send_the_row_asks_for_a_person(scan, choosy, outcome):
+    archive = choosy(SecondaryCaptureImageStorage)
+    row = scan(outcome, pacs=archive, results={"pacs": ["sr"]}).deliver()
+    assert archive.objects == []
+    assert (row["state"], row["delivered_to"]) == ("failed", {"pacs": "refused"})
+    assert "nor any simpler report" in row["last_error"]
+
+
+def test_a_status_0122_is_read_like_a_refused_class(scan, choosy):
+    archive = choosy(
+        SecondaryCaptureImageStorage, BasicTextSRStorage, answers_0122=(Comprehensive3DSRStorage, EnhancedSRStorage)
+    )
+    made = scan(pacs=archive)
+    assert made.deliver()["state"] == "delivered"
+    assert sorted(archive.classes) == sorted([BasicTextSRStorage, SecondaryCaptureImageStorage])
+    assert "0122" in made.history[0]
+
+
+def test_two_archives_share_a_simpler_report_and_the_note_is_one_for_both(scan, choosy):
+    archives = [choosy(SecondaryCaptureImageStorage, EnhancedSRStorage) for _ in range(2)]
+    made = scan("low_counts", one=archives[0], two=archives[1])
+    row = made.deliver()
+    assert row["state"] == "declined"
+    sent = [next(ds for ds in one.objects if ds.SOPClassUID == EnhancedSRStorage) for one in archives]
+    assert sent[0] == sent[1]
+    assert len(row["results"]) == 4
+
+
+def test_a_sender_that_dies_before_the_worklist_hears_of_it_makes_the_same_object_again(scan, choosy):
+    archive = choosy(SecondaryCaptureImageStorage, ComprehensiveSRStorage)
+    made = scan(pacs=archive)
+    (one,) = [
+        due
+        for due in worklist.due_deliveries(made.engine, "pacs", owner="sender", limit=9, hold_s=60)
+        if due.kind == "sr"
+    ]
+    before = next_object(made.engine, made.spool, one, sc="colour")  # durable, and then the process is gone
+    assert made.deliver()["state"] == "delivered"
+    stored = {result["sop_instance_uid"]: result for result in worklist.details(made.engine, made.scan_id)["results"]}
+    assert stored[before.sop_instance_uid]["sha256"] == before.sha256
+    sent = next(ds for ds in archive.objects if ds.SOPClassUID == ComprehensiveSRStorage)
+    data = (made.spool.results / before.file_name).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == before.sha256
+    assert pydicom.dcmread(BytesIO(data)) == sent
+
+
+def test_nothing_is_made_of_a_report_whose_bytes_changed(scan, choosy):
+    archive = choosy(SecondaryCaptureImageStorage, ComprehensiveSRStorage)
+    made = scan(pacs=archive)
+    (report,) = [one for one in worklist.stored_results(made.engine, made.scan_id, 1) if one.kind == "sr"]
+    (one,) = [
+        due
+        for due in worklist.due_deliveries(made.engine, "pacs", owner="sender", limit=9, hold_s=60)
+        if due.kind == "sr"
+    ]
+    path = made.spool.results / report.file_name
+    path.write_bytes(path.read_bytes().replace(b"Present", b"Absent "))
+    with pytest.raises(ChainError, match="damaged"):
+        next_object(made.engine, made.spool, one, sc="colour")
