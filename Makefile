@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Tests share two cores with the servers they start, so no more workers than cores.
 WORKERS ?= 2
 
-.PHONY: demo test bench lint format peers clean help
+.PHONY: demo test judges bench lint format peers clean help
 
 help:            ## Show this list
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/'
@@ -17,6 +17,10 @@ demo: $(VENV)/.node   ## Set up, then run node, archive and a simulated camera o
 test: $(VENV)/.dev peers lint   ## Set up, then lint and run every test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone" $(TESTS)
 	$(BIN)/python -m pytest -m alone $(TESTS)
+
+judges: $(VENV)/.dev peers   ## Every kind of result before every validator, PixelMed's too (half an hour)
+	@tests/install-judges
+	$(BIN)/python -m pytest -n $(WORKERS) -q tests/hospital/judges/full_matrix.py
 
 bench: $(VENV)/.dev peers   ## Measure speed and memory beside a peer
 	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/bench_scan_to_result.py
