@@ -2,14 +2,17 @@
 
 Residual tissue is the positive class throughout. The paper's text (section 2.4) names the share of correctly called
 NON-residual images "sensitivity" and the other "specificity": the same two numbers under exchanged names, see
-`sensitivity_as_in_paper` and `specificity_as_in_paper`. numpy only.
+`sensitivity_as_in_paper` and `specificity_as_in_paper`. A figure that is not defined for the scans given raises
+`MetricsError`; none is made up.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 
 class MetricsError(ValueError):
@@ -98,15 +101,105 @@ def roc_auc(labels: ArrayLike, scores: ArrayLike) -> float:
 
 def roc_auc_interval(labels: ArrayLike, scores: ArrayLike, *, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of the area by DeLong's variance (Biometrics 1988;44:837), cut to 0..1."""
-    truth, values = _checked(labels, scores)
     area = roc_auc(labels, scores)
-    positive, negative = values[truth], values[~truth]
-    wins = (positive[:, None] > negative[None, :]) + 0.5 * (positive[:, None] == negative[None, :])
-    if positive.size < 2 or negative.size < 2:
-        raise MetricsError("an interval needs at least two scans of each class")
-    variance = wins.mean(axis=1).var(ddof=1) / positive.size + wins.mean(axis=0).var(ddof=1) / negative.size
-    half = z * math.sqrt(variance)
+    half = z * math.sqrt(roc_auc_variance(labels, scores))
     return max(0.0, area - half), min(1.0, area + half)
+
+
+def roc_auc_variance(labels: ArrayLike, scores: ArrayLike) -> float:
+    """DeLong's variance of the area under the curve (Biometrics 1988;44:837)."""
+    positive, negative = _components(*_checked(labels, scores))
+    return float(positive.var(ddof=1) / positive.size + negative.var(ddof=1) / negative.size)
+
+
+def _components(
+    truth: NDArray[np.bool_], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """DeLong's structural components: of each positive the share of negatives it beats, of each negative the share of
+    positives that beat it."""
+    positive, negative = values[truth], values[~truth]
+    if positive.size < 2 or negative.size < 2:
+        raise MetricsError("a variance of the area needs at least two scans of each class")
+    wins = (positive[:, None] > negative[None, :]) + 0.5 * (positive[:, None] == negative[None, :])
+    return wins.mean(axis=1), wins.mean(axis=0)
+
+
+@dataclass(frozen=True, slots=True)
+class AreaComparison:
+    """Two classifiers on the same scans.
+
+    `first` and `second` are areas under the curve, `difference` first minus second with its 95 % interval, `z` its
+    ratio to its standard error, `p_value` two-sided.
+    """
+
+    first: float
+    second: float
+    difference: float
+    interval: tuple[float, float]
+    z: float
+    p_value: float
+
+
+def compare_areas(
+    labels: ArrayLike, first_scores: ArrayLike, second_scores: ArrayLike, *, z: float = 1.959964
+) -> AreaComparison:
+    """DeLong's test between two correlated ROC curves: both classifiers scored the same scans, in the same order.
+
+    DeLong, DeLong and Clarke-Pearson, Biometrics 1988;44:837. It takes the scans as independent: several views or
+    scans of one patient must be made one score first. Where the difference has no variance (the same ranking twice, or
+    both perfect) equal areas give z = 0 and p = 1; unequal ones raise `MetricsError`.
+    """
+    truth, one = _checked(labels, first_scores)
+    _, other = _checked(labels, second_scores)
+    first, second = roc_auc(truth, one), roc_auc(truth, other)
+    gaps = [a - b for a, b in zip(_components(truth, one), _components(truth, other), strict=True)]
+    error = math.sqrt(sum(float(gap.var(ddof=1)) / gap.size for gap in gaps))
+    difference = first - second
+    if error == 0.0:
+        if not math.isclose(first, second, abs_tol=1e-12):
+            raise MetricsError("the difference of the areas has no variance in these scans; there are too few of them")
+        return AreaComparison(first, second, 0.0, (0.0, 0.0), 0.0, 1.0)
+    ratio = difference / error
+    return AreaComparison(
+        first,
+        second,
+        difference,
+        (difference - z * error, difference + z * error),
+        ratio,
+        math.erfc(abs(ratio) / math.sqrt(2)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RankComparison:
+    """`u`: pairs in which the first set lies above the second, ties one half; `p_value`: two-sided.
+
+    `exact`: whether p is exact, or from the normal approximation.
+    """
+
+    u: float
+    p_value: float
+    exact: bool
+
+
+def mann_whitney(first: Sequence[float], second: Sequence[float]) -> RankComparison:
+    """Mann-Whitney U between two networks' figures, one figure a random grouping (paper section 2.4).
+
+    Exact without ties, else the normal approximation with correction for ties and continuity. Groupings of one cohort
+    share scans, so that their figures are not independent and p is too small: it tells how steady the order of two
+    networks is, not how it would be at another hospital. `compare_areas` is the test for that.
+    """
+    one, other = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if one.ndim != 1 or other.ndim != 1 or not one.size or not other.size:
+        raise MetricsError("each set needs at least one figure")
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        raise MetricsError("a figure is not a finite number")
+    together = np.concatenate([one, other])
+    if (together == together[0]).all():
+        return RankComparison(one.size * other.size / 2, 1.0, exact=False)
+    exact = np.unique(together).size == together.size
+    found = stats.mannwhitneyu(one, other, alternative="two-sided", method="exact" if exact else "asymptotic")
+    return RankComparison(float(found.statistic), float(found.pvalue), exact)
 
 
 def share_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
@@ -154,9 +247,69 @@ def temperature(labels: ArrayLike, logits: ArrayLike) -> float:
     return math.exp((low + high) / 2)
 
 
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """The scans whose probability lies in [low, high): how many, their mean probability, their share of residuals."""
+
+    low: float
+    high: float
+    count: int
+    mean_probability: float
+    residual_share: float
+
+
+def reliability_curve(labels: ArrayLike, probabilities: ArrayLike, *, bins: int = 10) -> tuple[ReliabilityBin, ...]:
+    """The bins of a reliability diagram that hold scans, by rising probability; the last one includes 1."""
+    truth, values = _checked(labels, probabilities)
+    if not values.size or bins < 1:
+        raise MetricsError("a reliability curve needs scans and at least one bin")
+    if values.min() < 0 or values.max() > 1:
+        raise MetricsError("probabilities must lie between 0 and 1")
+    place = np.minimum((values * bins).astype(int), bins - 1)
+    return tuple(
+        ReliabilityBin(
+            int(b) / bins,
+            (int(b) + 1) / bins,
+            int((place == b).sum()),
+            float(values[place == b].mean()),
+            float(truth[place == b].mean()),
+        )
+        for b in np.unique(place)
+    )
+
+
 def calibration_error(labels: ArrayLike, probabilities: ArrayLike, *, bins: int = 10) -> float:
     """Expected calibration error over `bins` equal bins of probability 0..1 (Guo et al., ICML 2017)."""
-    truth, values = _checked(labels, probabilities)
-    place = np.minimum((values * bins).astype(int), bins - 1)
-    gaps = (abs(values[place == b].mean() - truth[place == b].mean()) * (place == b).mean() for b in np.unique(place))
-    return float(sum(gaps))
+    curve = reliability_curve(labels, probabilities, bins=bins)
+    whole = sum(part.count for part in curve)
+    return float(sum(abs(part.mean_probability - part.residual_share) * part.count for part in curve) / whole)
+
+
+@dataclass(frozen=True, slots=True)
+class NetBenefit:
+    """At one threshold probability: the net benefit of acting on the classifier, and of acting on every scan.
+
+    Acting on none has 0. In true positives a scan: 0.1 is as good as finding ten residuals in 100 scans for nothing.
+    """
+
+    threshold: float
+    classifier: float
+    act_on_all: float
+
+
+def decision_curve(labels: ArrayLike, probabilities: ArrayLike, thresholds: Sequence[float]) -> tuple[NetBenefit, ...]:
+    """Net benefit over threshold probabilities in (0, 1) (Vickers and Elkin, Med Decis Making 2006;26:565).
+
+    A threshold t says that a missed residual weighs (1 - t) / t times a needless action.
+    """
+    truth, _ = _checked(labels, probabilities)
+    if not truth.size:
+        raise MetricsError("a decision curve needs scans")
+    prevalence, curve = float(truth.mean()), []
+    for threshold in thresholds:
+        if not 0 < threshold < 1:
+            raise MetricsError("a threshold probability must lie between 0 and 1")
+        called, price = confusion(labels, probabilities, threshold), threshold / (1 - threshold)
+        benefit = (called.true_positive - price * called.false_positive) / truth.size
+        curve.append(NetBenefit(threshold, benefit, prevalence - price * (1 - prevalence)))
+    return tuple(curve)

@@ -1,10 +1,18 @@
 """Figures of merit against scikit-learn and against hand-made cases."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from scipy import stats
+from sklearn import datasets
 from sklearn import metrics as reference
+from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
 
 from models import metrics
+from models.metrics import MetricsError
 
 
 def _case(seed: int, *, ties: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -73,3 +81,122 @@ def test_the_temperature_is_recovered_from_overconfident_logits() -> None:
 def test_labels_and_scores_that_make_no_sense_are_refused(labels: list[int], scores: list[float]) -> None:
     with pytest.raises(metrics.MetricsError):
         metrics.roc_auc(labels, scores)
+
+
+def test_delongs_variance_is_the_published_one_of_another_implementation() -> None:
+    """0.0014569635512 stands in the tests of yandexdataschool/roc_comparison (the algorithm of Sun and Xu, IEEE Signal
+    Processing Letters 2014;21:1389), for irises as scikit-learn held them before 0.20: two flowers read differently."""
+    irises = datasets.load_iris()
+    flowers = irises.data.copy()
+    flowers[[34, 37]] = (4.9, 3.1, 1.5, 0.1)
+    seen, unseen, seen_is, unseen_is = train_test_split(
+        flowers, (irises.target == 1).astype(int), test_size=0.8, random_state=42
+    )
+    scores = LogisticRegression(solver="liblinear").fit(seen, seen_is).predict_proba(unseen)[:, 1]
+    assert metrics.roc_auc_variance(unseen_is, scores) == pytest.approx(0.0014569635512, abs=1e-12)
+
+
+def _covariance_by_definition(labels: np.ndarray, one: np.ndarray, other: np.ndarray) -> Fraction:
+    """DeLong et al. 1988, equations 4 to 7, literally, in whole numbers and fractions."""
+
+    def kernel(high: float, low: float) -> Fraction:
+        return Fraction(1) if high > low else Fraction(1, 2) if high == low else Fraction(0)
+
+    def parts(scores: np.ndarray) -> tuple[list[Fraction], list[Fraction]]:
+        ill, well = scores[labels == 1], scores[labels == 0]
+        return (
+            [sum((kernel(x, y) for y in well), Fraction()) / len(well) for x in ill],
+            [sum((kernel(x, y) for x in ill), Fraction()) / len(ill) for y in well],
+        )
+
+    def mean(values: list[Fraction]) -> Fraction:
+        return sum(values, Fraction()) / len(values)
+
+    total = Fraction()
+    for first, second in zip(parts(one), parts(other), strict=True):
+        moments = sum(((a - mean(first)) * (b - mean(second)) for a, b in zip(first, second, strict=True)), Fraction())
+        total += moments / (len(first) - 1) / len(first)
+    return total
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_delongs_test_is_that_of_the_paper_written_out_in_fractions(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = np.array([0] * 14 + [1] * 11)
+    one = np.round(labels * 1.5 + rng.normal(0, 1, 25))
+    other = np.round(one + rng.normal(0, 1.5, 25))
+    found = metrics.compare_areas(labels, one, other)
+    variance = (
+        _covariance_by_definition(labels, one, one)
+        + _covariance_by_definition(labels, other, other)
+        - 2 * _covariance_by_definition(labels, one, other)
+    )
+    difference = reference.roc_auc_score(labels, one) - reference.roc_auc_score(labels, other)
+    assert found.difference == pytest.approx(difference, abs=1e-12)
+    assert found.z == pytest.approx(difference / float(variance) ** 0.5, abs=1e-10)
+    assert found.p_value == pytest.approx(2 * stats.norm.sf(abs(found.z)), abs=1e-12)
+    assert found.interval == pytest.approx(
+        (difference - 1.959964 * float(variance) ** 0.5, difference + 1.959964 * float(variance) ** 0.5)
+    )
+    swapped = metrics.compare_areas(labels, other, one)
+    assert (swapped.z, swapped.p_value) == pytest.approx((-found.z, found.p_value))
+
+
+def test_delongs_test_calls_equal_classifiers_different_about_one_time_in_twenty() -> None:
+    rng = np.random.default_rng(14)
+    labels = np.repeat([0, 1], 60)
+    called = 0
+    for _ in range(400):
+        shared = labels + rng.normal(0, 1, 120)
+        called += (
+            metrics.compare_areas(labels, shared + rng.normal(0, 1, 120), shared + rng.normal(0, 1, 120)).p_value < 0.05
+        )
+    assert 8 <= called <= 36
+
+
+def test_a_comparison_without_variance_claims_nothing() -> None:
+    labels, scores = [0, 0, 1, 1], [0.1, 0.4, 0.3, 0.9]
+    same = metrics.compare_areas(labels, scores, [2 * score for score in scores])
+    assert (same.difference, same.z, same.p_value) == (0.0, 0.0, 1.0)
+    with pytest.raises(MetricsError, match="too few"):
+        metrics.compare_areas(labels, [0, 0, 1, 1], [1, 1, 0, 0])
+    with pytest.raises(MetricsError, match="two scans of each class"):
+        metrics.compare_areas([0, 0, 1], [0, 0, 1], [0, 1, 1])
+
+
+def test_ranks_of_two_networks_give_the_hand_counted_u_and_the_exact_p() -> None:
+    """3 against 3 fully apart: one of 20 orders on either side, so that p is 2/20."""
+    apart = metrics.mann_whitney([0.91, 0.92, 0.93], [0.81, 0.82, 0.83])
+    assert (apart.u, apart.exact) == (9.0, True)
+    assert apart.p_value == pytest.approx(0.1)
+    mixed = metrics.mann_whitney([0.9, 0.8, 0.8], [0.8, 0.7])
+    assert (mixed.u, mixed.exact) == (5.0, False)
+    assert metrics.mann_whitney([0.9, 0.9], [0.9]) == metrics.RankComparison(1.0, 1.0, exact=False)
+    for first, second in (([], [0.9]), ([np.nan], [0.9])):
+        with pytest.raises(MetricsError):
+            metrics.mann_whitney(first, second)
+
+
+def test_the_reliability_curve_is_that_of_scikit_learn_and_sums_to_the_calibration_error() -> None:
+    rng = np.random.default_rng(8)
+    probabilities = rng.random(500)
+    labels = (rng.random(500) < probabilities**2).astype(int)
+    curve = metrics.reliability_curve(labels, probabilities)
+    shares, means = calibration_curve(labels, probabilities, n_bins=10)
+    assert [part.residual_share for part in curve] == pytest.approx(list(shares))
+    assert [part.mean_probability for part in curve] == pytest.approx(list(means))
+    assert sum(part.count for part in curve) == 500
+    # Two bins: .2 for a clean scan and .6 (mean) for two, one of them residual: (.2 x 1 + .1 x 2) / 3.
+    assert metrics.calibration_error([0, 1, 0], [0.2, 0.6, 0.6], bins=2) == pytest.approx(0.4 / 3)
+    assert metrics.reliability_curve([1], [1.0])[0].high == 1.0
+    with pytest.raises(MetricsError, match="between 0 and 1"):
+        metrics.calibration_error([0, 1], [0.2, 1.2])
+
+
+def test_net_benefit_weighs_needless_actions_by_the_odds_of_the_threshold() -> None:
+    labels, probabilities = [1, 1, 0, 0, 0], [0.9, 0.3, 0.6, 0.1, 0.05]
+    low, even = metrics.decision_curve(labels, probabilities, [0.2, 0.5])
+    assert (low.classifier, low.act_on_all) == pytest.approx(((2 - 0.25) / 5, 0.4 - 0.25 * 0.6))
+    assert (even.classifier, even.act_on_all) == pytest.approx(((1 - 1) / 5, 0.4 - 0.6))
+    with pytest.raises(MetricsError, match="threshold probability"):
+        metrics.decision_curve(labels, probabilities, [1.0])
