@@ -61,6 +61,7 @@ CLUSTERING = Code("123107", "DCM", "Cluster Analysis")  # of the outline: GrabCu
 ALGORITHM_NAME = Code("111001", "DCM", "Algorithm Name")
 ALGORITHM_VERSION = Code("111003", "DCM", "Algorithm Version")
 MEASUREMENT_GROUP = Code("125007", "DCM", "Measurement Group")
+TRACKING_IDENTIFIER = Code("112039", "DCM", "Tracking Identifier")
 TRACKING_UID = Code("112040", "DCM", "Tracking Unique Identifier")
 IMAGE_REGION = Code("111030", "DCM", "Image Region")
 PROCEDURE_REPORTED = Code("121058", "DCM", "Procedure reported")

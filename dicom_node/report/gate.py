@@ -337,8 +337,13 @@ def _groups_match_views(case: _Case) -> Iterator[str]:
         return
     for group, view in zip(groups, views, strict=True):
         children = list(group.get("ContentSequence") or ())
-        if not any(_name(item) == _key(codes.TRACKING_UID) and valid_uid(text_of(item, "UID")) for item in children):
-            yield f"the {view.image.view} group has no tracking UID"
+        naming = result_naming(case.outcome, case.sources, case.context)
+        expected = structured_report.tracking_uid(case.context, naming, view.image.view)
+        if [text_of(item, "UID") for item in children if _name(item) == _key(codes.TRACKING_UID)] != [expected]:
+            yield f"the {view.image.view} group has no tracking UID, or another one"
+        named = [text_of(item, "TextValue") for item in children if _name(item) == _key(codes.TRACKING_IDENTIFIER)]
+        if len(named) != 1 or not named[0].endswith(f", {view.image.view} view"):
+            yield f"the {view.image.view} group is not called so"
         outlines = [item for item in children if _name(item) == _key(codes.IMAGE_REGION)]
         if len(outlines) != 1 or text_of(outlines[0], "GraphicType") != "POLYLINE":
             yield f"the {view.image.view} group has no outline of its own"
@@ -357,11 +362,52 @@ def _outline_faults(outline: Dataset, case: _Case, index: int) -> Iterator[str]:
         yield f"the {image.view} outline is not closed"
     if not all(0 <= one <= columns for one in x) or not all(0 <= one <= rows for one in y):
         yield f"the {image.view} outline leaves the image"
+    # GraphicData is of single precision; SCOORD counts from the corner of the first pixel, ours from its centre.
+    drawn = np.clip(np.asarray(case.outcome.views[index].outline, dtype=np.float64) + 0.5, 0, (columns, rows))
+    if len(points) != drawn.size or not np.allclose(points, drawn.ravel(), rtol=0, atol=1e-2):
+        yield f"the {image.view} outline is not the one that was drawn"
     sops = [sop for item in outline.get("ContentSequence") or () for sop in item.get("ReferencedSOPSequence") or ()]
     frame = str(image.source.frame_number) if image.source.number_of_frames > 1 else ""
     named = [(text_of(sop, "ReferencedSOPInstanceUID"), text_of(sop, "ReferencedFrameNumber")) for sop in sops]
     if named != [(image.source.sop_instance_uid, frame)]:
         yield f"the {image.view} outline is not on the frame it was seen in"
+
+
+def _figures_are_the_views(case: _Case) -> Iterator[str]:
+    """Every figure is its own view's, and the decision stands in the group of the view that carries it."""
+    groups = [item for item in _tree(case.ds) if _name(item) == _key(codes.MEASUREMENT_GROUP)]
+    if not isinstance(case.outcome, Finding) or len(groups) != len(case.outcome.views):
+        return
+    verdicts = {_key(code) for code in codes.VERDICTS.values()}
+    probability = _key(codes.chosen(codes.PROBABILITY, case.context.codes))
+    ratio = _key(codes.chosen(codes.RATIO, case.context.codes))
+    for group, view in zip(groups, case.outcome.views, strict=True):
+        name, found = view.image.view, case.outcome.finding == "present"
+        decides = view is structured_report.deciding_view(case.outcome)
+        children = list(group.get("ContentSequence") or ())
+        figures = [item for item in children if text_of(item, "ValueType") == "NUM"]
+        if (
+            any(_value(item) in verdicts for item in children) != decides
+            or any(_name(item) == probability for item in figures) != decides
+        ):
+            yield f"the {name} group carries the decision of another view, or lacks its own"
+        has_ratio = found and view.remnant_to_background is not None and np.isfinite(view.remnant_to_background)
+        # Name -> (value, half of the last digit shown, unit).
+        meant = {_key(codes.MAXIMUM): (float(view.maximum_counts), 0.0, codes.COUNTS)}
+        meant |= {_key(codes.AREA): (view.outline_area_mm2, 0.05, codes.SQUARE_MILLIMETRE)} if found else {}
+        meant |= {ratio: (float(view.remnant_to_background or 0), 0.005, codes.NO_UNITS)} if has_ratio else {}
+        others = [item for item in figures if _name(item) != probability]
+        if sorted(str(_name(item)) for item in others) != sorted(map(str, meant)):
+            yield f"the {name} group has not the figures of its view"
+            continue
+        for item in others:
+            value, half, unit = meant[_name(item) or ("", "")]
+            measured = (item.get("MeasuredValueSequence") or [Dataset()])[0]
+            number = _number(measured.get("NumericValue"))
+            if not abs(number - value) <= half + 1e-6 * max(1.0, abs(value)):
+                yield f"a figure of the {name} group is not that of its view"
+            if [_key_of(one) for one in measured.get("MeasurementUnitsCodeSequence") or ()] != [_key(unit)]:
+                yield f"a unit in the {name} group is not the UCUM unit of its figure"
 
 
 # --- Secondary Capture -----------------------------------------------------------------------------------------------
@@ -524,6 +570,7 @@ _BY_KIND: dict[str, tuple[_Check, ...]] = {
         _algorithm_is_identified,
         _refusal_says_so,
         _groups_match_views,
+        _figures_are_the_views,
     ),
     "sc": (_picture_is_the_outcomes, _picture_is_marked_as_derived, _comments_say_the_outcome),
     "seg": (

@@ -54,6 +54,48 @@ def _probability(ds):
     return _first(ds, codes.PROBABILITY).MeasuredValueSequence[0]
 
 
+def _figure(ds, code):
+    return _first(ds, code).MeasuredValueSequence[0]
+
+
+def _unit(ds, code):
+    return _figure(ds, code).MeasurementUnitsCodeSequence[0]
+
+
+def _measurements(ds):
+    return _first(ds, codes.IMAGING_MEASUREMENTS).ContentSequence
+
+
+def _both(ds, code):
+    """The item of that name in the anterior and in the posterior group."""
+    return [_first(group, code) for group in _measurements(ds)]
+
+
+def _swap_names(ds):
+    front, back = _both(ds, codes.TRACKING_IDENTIFIER)
+    front.TextValue, back.TextValue = back.TextValue, front.TextValue
+
+
+def _swap_outlines(ds):
+    front, back = _both(ds, codes.IMAGE_REGION)
+    front.GraphicData, back.GraphicData = back.GraphicData, front.GraphicData
+    front.ContentSequence, back.ContentSequence = back.ContentSequence, front.ContentSequence
+
+
+def _move_verdict(ds):
+    front, back = _measurements(ds)
+    verdict = _verdict(ds)
+    front.ContentSequence = [item for item in front.ContentSequence if item is not verdict]
+    back.ContentSequence.append(verdict)
+
+
+def _garble_name(ds):
+    """The bytes of another character set under the declared one, as a careless copy leaves them."""
+    name = str(ds.PatientName)
+    assert not name.isascii()
+    ds.PatientName = name.encode("utf-8").decode("latin-1")
+
+
 def _outline(ds):
     return _first(ds, codes.IMAGE_REGION)
 
@@ -90,12 +132,42 @@ _SR_FAULTS = {
     "another modality": (lambda ds: _set(ds, Modality="NM"), "Modality is not"),
     "a private group": (_add_private, "a private element is there"),
     "probability of 873 %": (lambda ds: _set(_probability(ds), NumericValue="873"), "not within 0 to 100"),
+    "probability of 173 %": (lambda ds: _set(_probability(ds), NumericValue="173"), "not within 0 to 100"),
     "probability below 0": (lambda ds: _set(_probability(ds), NumericValue="-1"), "not within 0 to 100"),
     "probability as a fraction": (lambda ds: _set(_probability(ds), NumericValue="0.873"), "not that of the finding"),
     "unit not UCUM": (
         lambda ds: _set(_probability(ds).MeasurementUnitsCodeSequence[0], CodingSchemeDesignator="99X"),
         "unit of the probability",
     ),
+    "percent as the unit": (
+        lambda ds: _set(_probability(ds).MeasurementUnitsCodeSequence[0], CodeValue="percent"),
+        "unit of the probability",
+    ),
+    "square metres": (lambda ds: _set(_unit(ds, codes.AREA), CodeValue="m2"), "is not the UCUM unit of its figure"),
+    "unit of the area not UCUM": (
+        lambda ds: _set(_unit(ds, codes.AREA), CodingSchemeDesignator="99X"),
+        "is not the UCUM unit of its figure",
+    ),
+    "another area": (lambda ds: _set(_figure(ds, codes.AREA), NumericValue="1.0"), "is not that of its view"),
+    "another maximum": (lambda ds: _set(_figure(ds, codes.MAXIMUM), NumericValue="1"), "is not that of its view"),
+    "another ratio": (lambda ds: _set(_figure(ds, codes.RATIO), NumericValue="0.10"), "is not that of its view"),
+    "no area": (lambda ds: _remove(ds, codes.AREA), "has not the figures of its view"),
+    "views swapped": (lambda ds: _measurements(ds).reverse(), "is not on the frame it was seen in"),
+    "names of the views swapped": (_swap_names, "group is not called so"),
+    "outlines of the views swapped": (_swap_outlines, "outline is not on the frame it was seen in"),
+    "decision in the posterior group": (_move_verdict, "carries the decision of another view"),
+    "another tracking UID": (lambda ds: _set(_first(ds, codes.TRACKING_UID), UID="2.25.5"), "or another one"),
+    "outline elsewhere": (
+        lambda ds: _set(_outline(ds), GraphicData=[1.0, 1.0, 9.0, 1.0, 5.0, 5.0, 1.0, 1.0]),
+        "is not the one that was drawn",
+    ),
+    "frame 3 of 2": (lambda ds: _set(_sop_of_outline(ds), ReferencedFrameNumber=3), "frame does not exist"),
+    "name in another encoding": (_garble_name, "PatientName is not"),
+    "SOP instance of the scan": (
+        lambda ds: _set(ds, SOPInstanceUID=_sop_of_outline(ds).ReferencedSOPInstanceUID),
+        "SOPInstanceUID is a UID of the sources",
+    ),
+    "no model": (lambda ds: ds.pop("ContributingEquipmentSequence"), "model's version and digest"),
     "verdict turned round": (
         lambda ds: _set(_verdict(ds), ConceptCodeSequence=[code_item(codes.VERDICTS["absent"])]),
         "the verdict is not that of the finding",
