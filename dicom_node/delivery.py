@@ -20,10 +20,11 @@ from sqlalchemy import Engine
 from dicom_node import log, worklist
 from dicom_node.chain import ChainError, next_object
 from dicom_node.errors import StorageError
-from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, send
+from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, find_studies, send
 from dicom_node.settings import Destination, Settings
 from dicom_node.spool import Spool
 from dicom_node.wake import Bell
+from dicom_node.whose import differences
 
 BATCH = 100
 """Objects in one association: after a long outage no association should last for hours."""
@@ -88,6 +89,8 @@ class Sender:
         due = worklist.due_deliveries(self._engine, destination.name, owner=self._owner, limit=BATCH, hold_s=HOLD_S)
         if not due:
             return False
+        if destination.query:
+            due = self._meant_for(destination, due)
         by_key = {delivery.id: delivery for delivery in due}
         parcels = [
             Parcel(
@@ -118,6 +121,56 @@ class Sender:
                 outcome = instead
             self._record(destination, delivery, outcome, started)
         return True
+
+    def _meant_for(
+        self, destination: Destination, due: tuple[worklist.DueDelivery, ...]
+    ) -> tuple[worklist.DueDelivery, ...]:
+        """Return what may go: results whose study the archive does not know yet, or knows under the same identity.
+
+        Another identity stops the row, and a person decides. An archive that cannot be asked now is asked later: a
+        result that waits harms less than one in somebody else's record.
+        """
+        started = time.monotonic()
+        timeout_s = self._settings.delivery.timeout_s
+        answers = find_studies(
+            Peer(destination.name, destination.ae_title, destination.host, destination.port),
+            [delivery.whose.study_instance_uid for delivery in due],
+            calling_ae_title=self._settings.node.ae_title,
+            connect_timeout_s=timeout_s,
+            acse_timeout_s=timeout_s,
+            dimse_timeout_s=timeout_s,
+        )
+        may_go = []
+        for delivery in due:
+            known = answers[delivery.whose.study_instance_uid]
+            if isinstance(known, Outcome):
+                self._record(destination, delivery, known, started)
+                continue
+            # An archive may know one study under two patients: one of them must be ours.
+            differing = [differences(delivery.whose, one) for one in known]
+            if known and all(differing):
+                held = worklist.hold_identity(
+                    self._engine,
+                    delivery.scan_id,
+                    delivery.revision,
+                    destination=destination.name,
+                    known=known,
+                    differing=differing[0],
+                )
+                if held:
+                    _log.error(
+                        "identity_changed",
+                        scan=delivery.scan_id,
+                        revision=delivery.revision,
+                        destination=destination.name,
+                        differing=", ".join(differing[0]),
+                    )
+                else:  # stopped with the delivery before, or of a revision that is over; then only this one ends
+                    why = f"the archive knows the study with another {', '.join(differing[0])}"
+                    worklist.record_delivery(self._engine, delivery.id, state="refused", error=why)
+                continue
+            may_go.append(delivery)
+        return tuple(may_go)
 
     def _record(
         self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome, started: float

@@ -20,6 +20,7 @@ from dicom_node.worklist.deliveries import (
 from dicom_node.worklist.engine import DatabaseUnavailable, WorklistFault, open_worklist
 from dicom_node.worklist.guard import Lease
 from dicom_node.worklist.history import EVENTS, Event, changes_since, events, last_event_id, record_event, verify_events
+from dicom_node.worklist.identities import accept_identity, hold_identity
 from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive
 from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
@@ -78,6 +79,7 @@ __all__ = [
     "Stored",
     "TransitionRefused",
     "WorklistFault",
+    "accept_identity",
     "break_lease",
     "changes_since",
     "check",
@@ -90,6 +92,7 @@ __all__ = [
     "finish",
     "forget",
     "heartbeat",
+    "hold_identity",
     "instance_by_digest",
     "judge_version",
     "known_result_names",

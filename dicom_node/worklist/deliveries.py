@@ -4,12 +4,13 @@ Taking a delivery pushes its `not_before` into the future instead of locking any
 another when the hold ends, or at once by its own next life. At least once, the same bytes under the same UID.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sqlalchemy import Connection, Engine, case, func, insert, select, update
 
-from dicom_node.worklist import history
+from dicom_node.whose import Identity
+from dicom_node.worklist import history, identities
 from dicom_node.worklist.clock import now, read_clock, seconds_between
 from dicom_node.worklist.engine import reading, writing
 from dicom_node.worklist.guard import Standing, change
@@ -24,7 +25,8 @@ class DueDelivery:
     """An object to send to the destination that was asked for.
 
     `attempts` counts the ended tries, `first_tried_at` is this try's time for the first, `tried_for_s` the seconds
-    since then by the database's clock: what `give_up_after_days` is compared with.
+    since then by the database's clock: what `give_up_after_days` is compared with. `whose`: the identity that the
+    object has to have at the destination.
     """
 
     id: int
@@ -39,6 +41,7 @@ class DueDelivery:
     first_tried_at: str
     tried_for_s: float
     study_instance_uid: str
+    whose: Identity = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +144,16 @@ def due_deliveries(
             .where(delivery.c.id.in_(taken))
             .order_by(delivery.c.id)
         ).mappings()
+        lines = found.all()
+        rows = conn.execute(select(scan).where(scan.c.id.in_({line["scan_id"] for line in lines}))).mappings().all()
+        whose = {row["id"]: identities.expected(conn, row) for row in rows}
         return tuple(
-            DueDelivery(**row, tried_for_s=max(0.0, seconds_between(row["first_tried_at"], clock))) for row in found
+            DueDelivery(
+                **line,
+                tried_for_s=max(0.0, seconds_between(line["first_tried_at"], clock)),
+                whose=whose[line["scan_id"]],
+            )
+            for line in lines
         )
 
 
