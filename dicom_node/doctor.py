@@ -2,16 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from dicom_node import worklist
+from dicom_node.contexts import REPORT_CHAIN, RESULT_CLASSES
 from dicom_node.errors import RemnantError
-from dicom_node.sender import Peer, echo
+from dicom_node.sender import Peer, accepted_classes, echo
 from dicom_node.service import check_release, load_record
-from dicom_node.settings import Settings
+from dicom_node.settings import Destination, Settings
 
 ECHO_TIMEOUT_S = 5.0
 
@@ -35,21 +36,71 @@ def examine(settings: Settings) -> Iterator[Check]:
             ok, detail = False, str(error)
         yield Check(name, ok, detail)
     for destination in settings.destinations:
-        peer = Peer(destination.name, destination.ae_title, destination.host, destination.port)
-        outcome = echo(
+        yield from _destination(settings, destination)
+    if not settings.destinations:
+        yield Check("destinations", False, "none is configured: results stay in the storage folder")
+
+
+def _destination(settings: Settings, destination: Destination) -> Iterator[Check]:
+    """Ask a destination whether it is there, and, where it is, which results it takes."""
+    peer = Peer(destination.name, destination.ae_title, destination.host, destination.port)
+    outcome = echo(
+        peer,
+        calling_ae_title=settings.node.ae_title,
+        connect_timeout_s=ECHO_TIMEOUT_S,
+        acse_timeout_s=ECHO_TIMEOUT_S,
+        dimse_timeout_s=ECHO_TIMEOUT_S,
+    )
+    there = outcome.kind == "acknowledged"
+    yield Check(f"destination {destination.name}", there, "answers C-ECHO" if there else outcome.text)
+    if not there:
+        return
+    try:
+        takes = accepted_classes(
             peer,
+            list(dict.fromkeys(one.uid for one in (*REPORT_CHAIN, *RESULT_CLASSES.values()))),
             calling_ae_title=settings.node.ae_title,
             connect_timeout_s=ECHO_TIMEOUT_S,
             acse_timeout_s=ECHO_TIMEOUT_S,
             dimse_timeout_s=ECHO_TIMEOUT_S,
         )
-        yield Check(
-            f"destination {destination.name}",
-            outcome.kind == "acknowledged",
-            "answers C-ECHO" if outcome.kind == "acknowledged" else outcome.text,
-        )
-    if not settings.destinations:
-        yield Check("destinations", False, "none is configured: results stay in the storage folder")
+    except RemnantError as error:
+        yield Check(f"results to {destination.name}", False, str(error))
+        return
+    drawn = any("sc" in one.results for one in settings.destinations)
+    ok, detail = what_it_gets(destination.results, takes, drawn=drawn)
+    yield Check(f"results to {destination.name}", ok, detail)
+
+
+def what_it_gets(results: tuple[str, ...], takes: Mapping[str, bool], *, drawn: bool) -> tuple[bool, str]:
+    """Say which object a destination would get for each of its `results`, and whether that is well.
+
+    `takes`: SOP class -> whether the destination accepts it. `drawn`: some destination gets the Secondary Capture, so
+    that each scan has one to fall back to.
+    """
+    ok, said = True, []
+    for kind in results:
+        if kind != "sr":
+            taken = takes[RESULT_CLASSES["sc" if kind == "sc" else "seg"].uid]
+            ok = ok and taken
+            said.append(
+                f"{kind}: " + ("yes" if taken else f'refused; remove "{kind}" from its results, or allow it there')
+            )
+            continue
+        first = next((one for one in REPORT_CHAIN if takes[one.uid]), None)
+        refused = ", ".join(_short(one.name) for one in REPORT_CHAIN[: REPORT_CHAIN.index(first) if first else None])
+        if first is not None:
+            said.append(f"sr: {_short(first.name)}" + (f" (refuses {refused})" if refused else ""))
+        elif takes[RESULT_CLASSES["sc"].uid] and drawn:
+            said.append(f"sr: the Secondary Capture alone (refuses {refused})")
+        else:
+            ok = False
+            said.append(f'sr: nothing (refuses {refused}); give it "sc", or allow one of them there')
+    return ok, "; ".join(said)
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(" Storage")
 
 
 def check_packages(owners: "dict[str, list[str]] | None" = None) -> tuple[bool, str]:
