@@ -18,6 +18,7 @@ from dicom_node.contexts import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
     OPTIONAL_SYNTAXES,
+    REPORT_CHAIN,
     RESULT_CLASSES,
     VERIFICATION,
     proposed_contexts,
@@ -40,7 +41,7 @@ _RECEIVER_STATUSES: tuple[tuple[int, str], ...] = (
 _WHAT_FOLLOWS: dict[sender.Kind, str] = {
     "acknowledged": "delivered; a warning stays on the worklist row",
     "later": "sent again, same UID and same bytes",
-    "rejected_context": "not delivered; the row needs a person",
+    "rejected_context": "the next object of the chain goes instead (section 2.4); behind the last, as below",
     "refused": "not delivered; the row needs a person",
 }
 
@@ -66,7 +67,7 @@ def _overview() -> list[str]:
             [
                 ("Verification", "yes (`remnant doctor`)", "yes"),
                 ("Storage: the other classes of section 2.2", "no", "yes"),
-                *((sent.name, "yes", "yes") for sent in RESULT_CLASSES.values()),
+                *((sent.name, "yes", "yes") for sent in dict.fromkeys((*RESULT_CLASSES.values(), *REPORT_CHAIN))),
                 ("Storage Commitment", "no", "no"),
                 ("Study Root Query/Retrieve - FIND", "to destinations with `query = true`", "no"),
                 ("Other Query/Retrieve, Modality Worklist, Performed Procedure Step", "no", "no"),
@@ -183,6 +184,11 @@ def _storage_scu(settings: Settings) -> list[str]:
         for kind, sent in RESULT_CLASSES.items()
         for cx in proposed_contexts([sent.uid])
     ]
+    proposed += [
+        (sent.name, f"`{sent.uid}`", cx.transfer_syntax[0].name, "`sr`, where it is refused")
+        for sent in REPORT_CHAIN[1:]
+        for cx in proposed_contexts([sent.uid])
+    ]
     statuses = [(_range(row), row.text, _WHAT_FOLLOWS[row.kind]) for row in sender.STATUS_TABLE]
     rejections = [(str(source), str(reason), meaning) for (source, reason), meaning in sender.REJECTION_REASONS.items()]
     delivery = settings.delivery
@@ -196,6 +202,15 @@ def _storage_scu(settings: Settings) -> list[str]:
         ),
         *_table(("SOP class", "UID", "transfer syntax", "result"), proposed),
         "",
+        *_text(
+            "Where an archive refuses the class of a report, by its presentation context or by status 0122, the next",
+            "of this chain goes instead, on an association of its own:",
+            f"{', '.join(sent.name for sent in REPORT_CHAIN)};",
+            "behind them the Secondary Capture, where the scan has one. Comprehensive and Enhanced SR hold the same",
+            "content tree (TID 1500); Basic Text SR is a short document of TEXT and CODE items, no template.",
+            "Each has its own SOP Instance UID; an archive gets one report of a scan. Every scan is offered from",
+            "the first class on, so that an archive that learns a class gets it without a restart here.",
+        ),
         "### 2.5 How the sender reads the response to C-STORE",
         "",
         *_table(
