@@ -131,7 +131,10 @@ def _render_and_check(
         return ()
     results: list[Rendered] = []
     faults: list[str] = []
+    accepted = task.provenance.accepted
     try:
+        if accepted is not None:
+            datasets = [report.adopted(ds, accepted, task.provenance.ae_title) for ds in datasets]
         for want in task.wanted:
             context = _context(task.provenance, want, facts)
             for made in report.render(outcome, datasets, context, (want.kind,)):
@@ -165,6 +168,7 @@ def _context(provenance: Provenance, want: Wanted, model: ModelFacts) -> report.
         seg="posterior" if want.variant == "posterior" else "anterior",
         codes=provenance.codes,
         predecessors=provenance.predecessors,
+        accepted=provenance.accepted,
         model=model,
     )
 

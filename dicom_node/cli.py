@@ -294,6 +294,26 @@ def worklist_retry(row_id: RowId, config: Config = None) -> None:
     typer.echo(f"row {row_id} is queued again")
 
 
+@worklist_app.command("accept-identity")
+def worklist_accept_identity(
+    row_id: RowId,
+    identity: Annotated[
+        int | None, typer.Option(help="Which, by its id in `remnant worklist show`; needed where there are several.")
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Make the identity that the archive, or a second sending, gave the scan's own; analyse it again for that one."""
+    from dicom_node import spool, worklist
+    from dicom_node.wake import Bell
+
+    settings = load(config)
+    with _Database(config) as engine:
+        revision = worklist.accept_identity(engine, row_id, identity)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    Bell(store.run / "worker.bell").ring()
+    typer.echo(f"row {row_id} is queued as revision {revision}, for the accepted identity")
+
+
 @worklist_app.command("prove")
 def worklist_prove(row_id: RowId, as_json: AsJson = False, config: Config = None) -> None:
     """Print the chain from each received digest to what was sent where, checking every digest on the way."""

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from dicom_node.whose import AcceptedIdentity
 from pipeline.finding import ViewName
 
 Outcome = Literal["analysed", "declined", "failed"]
@@ -40,7 +41,8 @@ class Provenance:
 
     `source_digests` maps SOPInstanceUID to the SHA-256 of the received dataset; `analysed_at` is aware, UTC;
     `predecessors` are (SOPClassUID, SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID) of the Structured Reports that
-    this revision replaces; `offline` chooses the UID namespace of `remnant analyse`, whose results must never pass for
+    this revision replaces; `accepted` is whose the result is to be, where a person accepted another identity than the
+    received one; `offline` chooses the UID namespace of `remnant analyse`, whose results must never pass for
     the node's.
     """
 
@@ -52,6 +54,7 @@ class Provenance:
     codes: Mapping[str, tuple[str, str, str]]
     settings_fingerprint: str
     predecessors: tuple[tuple[str, str, str, str], ...] = ()
+    accepted: AcceptedIdentity | None = field(default=None, repr=False)
     offline: bool = False
 
 

@@ -110,6 +110,7 @@ class Worker:
                 ae_title=self._settings.node.ae_title,
                 codes=self._settings.codes,
                 settings_fingerprint=self._fingerprint,
+                accepted=claim.accepted,
                 predecessors=tuple(
                     (
                         result.sop_class_uid,

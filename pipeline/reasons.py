@@ -125,7 +125,7 @@ _ALL = (
         *_OTHER,
         True,
         "patient or study identity changed",
-        "compare the identities and read the scan without the node: no command accepts one of them yet",
+        "compare with `remnant worklist show ID`; `remnant worklist accept-identity ID` takes the other identity",
     ),
 )
 

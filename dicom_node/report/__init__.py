@@ -4,6 +4,7 @@ from dicom_node.report.context import Predecessor, RenderedResult, RenderError, 
 from dicom_node.report.fallback import derive
 from dicom_node.report.fallback_gate import check_fallback
 from dicom_node.report.gate import check
+from dicom_node.report.identity import adopted
 from dicom_node.report.rendering import render
 from dicom_node.report.uids import NODE_NAMESPACE, OFFLINE_NAMESPACE
 
@@ -14,6 +15,7 @@ __all__ = [
     "RenderError",
     "RenderedResult",
     "ReportContext",
+    "adopted",
     "check",
     "check_fallback",
     "derive",

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 from dicom_node.errors import RemnantError
+from dicom_node.whose import AcceptedIdentity
 from pipeline.finding import ModelFacts, ViewName
 
 Kind = Literal["sr", "sc", "seg"]
@@ -47,6 +48,8 @@ class ReportContext:
     sc: "colour" (RGB) or "grey" (MONOCHROME2) Secondary Captures.
     codes: a site's own codes for ours: "RMN001" -> (value, scheme, meaning).
     predecessors: `Predecessor`s, or plain tuples in its order; only documents (SR) may stand there.
+    accepted: whose the result is to be, where a person accepted another identity than the received one; the sources
+        then carry it already (`identity.adopted`).
     model: which weights the node runs, for the note of a Declined; a Finding names its own.
     device_serial_number: of the node; by default its AE title.
     seg: which view a Segmentation shows.
@@ -63,6 +66,7 @@ class ReportContext:
     sc: Literal["colour", "grey"] = "colour"
     codes: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     predecessors: tuple[tuple[str, ...], ...] = ()
+    accepted: AcceptedIdentity | None = field(default=None, repr=False)
     model: ModelFacts | None = None
     device_serial_number: str = ""
     seg: ViewName = "anterior"

@@ -84,6 +84,37 @@ def _patient_is_the_sources(case: _Case) -> Iterator[str]:
         yield "SpecificCharacterSet is not the source's"
 
 
+def _identity_is_the_accepted(case: _Case) -> Iterator[str]:
+    """Where a person accepted an identity, the result has it whatever the sources say, and tells what it replaced."""
+    accepted = case.context.accepted
+    modified = [
+        item.get("ModifiedAttributesSequence") or [Dataset()]
+        for item in case.ds.get("OriginalAttributesSequence") or ()
+    ]
+    if accepted is None:
+        if modified:
+            yield "OriginalAttributesSequence is there, and nobody accepted another identity"
+        return
+    whose = accepted.identity
+    expected = {
+        "PatientID": whose.patient_id,
+        "PatientName": whose.patient_name,
+        "AccessionNumber": whose.accession_number,
+        "StudyInstanceUID": whose.study_instance_uid,
+    }
+    for keyword, value in expected.items():
+        if text_of(case.ds, keyword) != value:
+            yield f"{keyword} is not the accepted one"
+    if whose.issuer_of_patient_id and text_of(case.ds, "IssuerOfPatientID") != whose.issuer_of_patient_id:
+        yield "IssuerOfPatientID is not the accepted one"
+    if len(modified) != 1 or len(modified[0]) != 1 or not len(modified[0][0]):
+        yield "OriginalAttributesSequence does not keep what was received"
+        return
+    for element in modified[0][0]:
+        if text_of(case.ds, element.keyword) == text_of(modified[0][0], element.keyword):
+            yield f"OriginalAttributesSequence keeps {element.keyword}, which was not replaced"
+
+
 def _uids_are_ours(case: _Case) -> Iterator[str]:
     variant, sop_instance_uid, series_instance_uid = result_uids(
         case.outcome, case.sources, case.context, case.result.kind
@@ -547,6 +578,7 @@ def _segment_is_described(case: _Case) -> Iterator[str]:
 
 _COMMON: tuple[_Check, ...] = (
     _patient_is_the_sources,
+    _identity_is_the_accepted,
     _uids_are_ours,
     _file_agrees_with_dataset,
     _no_private_elements,

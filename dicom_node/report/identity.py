@@ -5,8 +5,10 @@ Implements the Patient, General Study and Patient Study modules (PS3.3 C.7.1.1, 
 identity; what merely describes is copied only where valid. Private elements are never copied. Messages name no patient.
 """
 
+import copy
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, timedelta, timezone
 from io import BytesIO
 
@@ -18,6 +20,8 @@ from pydicom.multival import MultiValue
 from pydicom.valuerep import validate_value
 
 from dicom_node.report.context import RenderError, ReportContext
+from dicom_node.whose import AcceptedIdentity
+from pipeline import wording
 
 # Copied as they are.
 IDENTIFYING = ("PatientName", "PatientID", "IssuerOfPatientID", "AccessionNumber", "StudyInstanceUID")
@@ -57,6 +61,23 @@ _DESCRIBING = (
 
 # Say who issued an ID: part of the identity, sequences of plain elements.
 _ISSUERS = ("IssuerOfPatientIDQualifiersSequence", "IssuerOfAccessionNumberSequence")
+
+# Say something of the person or the order that was received, and nothing of the ones that were accepted instead.
+_OF_THE_PERSON = (
+    "TypeOfPatientID",
+    "PatientBirthTime",
+    "OtherPatientNames",
+    "EthnicGroup",
+    "PatientComments",
+    "PatientAge",
+    "AdmissionID",
+    "Occupation",
+    "AdditionalPatientHistory",
+    "MedicalAlerts",
+    "Allergies",
+    "IssuerOfPatientIDQualifiersSequence",
+)
+_OF_THE_ORDER = ("IssuerOfAccessionNumberSequence",)
 
 _OFFSET = re.compile(r"([+-])(\d\d)([0-5]\d)")
 
@@ -139,6 +160,78 @@ def copy_identity(source: Dataset, target: Dataset) -> tuple[str, ...]:
                 copied.append(fresh)
             setattr(target, keyword, copied)
     return tuple(notes)
+
+
+def adopted(source: Dataset, accepted: AcceptedIdentity, ae_title: str) -> Dataset:
+    """Return a copy of a received object under the identity that a person accepted for it.
+
+    What it replaces is kept as the last item of OriginalAttributesSequence (PS3.3 C.12.1.1.9). What described the other
+    person or order is left out. A character set that cannot carry the accepted name gives way to ISO_IR 192.
+    """
+    with warnings.catch_warnings():
+        # pydicom's warnings on odd values quote them, and standard error is a log that must not name a patient.
+        warnings.simplefilter("ignore")
+        return _adopted(source, accepted, ae_title)
+
+
+def _adopted(source: Dataset, accepted: AcceptedIdentity, ae_title: str) -> Dataset:
+    received = {keyword: text_of(source, keyword) for keyword in (*IDENTIFYING, "PatientBirthDate", "PatientSex")}
+    identity = accepted.identity
+    same_patient = received["PatientID"] == identity.patient_id
+    # An archive need not say who issued an ID; for the ID that was received, what was received holds.
+    values = {
+        "PatientName": identity.patient_name,
+        "PatientID": identity.patient_id,
+        "IssuerOfPatientID": identity.issuer_of_patient_id or (received["IssuerOfPatientID"] if same_patient else ""),
+        "AccessionNumber": identity.accession_number,
+        "StudyInstanceUID": identity.study_instance_uid,
+        "PatientBirthDate": identity.patient_birth_date or (received["PatientBirthDate"] if same_patient else ""),
+        "PatientSex": identity.patient_sex or (received["PatientSex"] if same_patient else ""),
+    }
+    changed = [keyword for keyword, value in values.items() if value != received[keyword]]
+    for _ in source.iterall():  # decodes every value by the set it came in, before that may change
+        pass
+    ds = copy.deepcopy(source)  # a shallow copy shares the elements
+    for keyword, value in values.items():
+        _set(ds, keyword, value)
+    outdated = _OF_THE_PERSON if {"PatientID", "IssuerOfPatientID", "PatientName"} & set(changed) else ()
+    for keyword in (*outdated, *(_OF_THE_ORDER if "AccessionNumber" in changed else ())):
+        if keyword in ds:
+            delattr(ds, keyword)
+    series = dict(accepted.series).get(text_of(source, "SOPInstanceUID"))
+    if series is not None:
+        _set(ds, "SeriesInstanceUID", series)
+    if not _carries(ds, values):
+        ds.SpecificCharacterSet = "ISO_IR 192"
+    before = Dataset()
+    for keyword in changed:
+        _set(before, keyword, received[keyword])
+    item = Dataset()
+    item.ModifiedAttributesSequence = [before]
+    at = datetime.fromisoformat(accepted.accepted_at)
+    item.AttributeModificationDateTime = at.strftime("%Y%m%d%H%M%S.%f%z")
+    item.ModifyingSystem = wording.ascii_text(ae_title)[:64]
+    item.SourceOfPreviousValues = wording.ascii_text(accepted.received_from)[:64]
+    # COERCE: reconciled with a master index, as the archive's is; CORRECT: the sender replaced wrong values.
+    item.ReasonForTheAttributeModification = "COERCE" if accepted.origin == "archive" else "CORRECT"
+    ds.OriginalAttributesSequence = [*(source.get("OriginalAttributesSequence") or ()), item]
+    return ds
+
+
+def _carries(ds: Dataset, values: Mapping[str, str]) -> bool:
+    """Say whether the character set of `ds` gives these values back as they are."""
+    trial = Dataset()
+    if text_of(ds, "SpecificCharacterSet"):
+        trial.SpecificCharacterSet = ds.SpecificCharacterSet
+    for keyword, value in values.items():
+        _set(trial, keyword, value)
+    buffer = BytesIO()
+    try:
+        pydicom.dcmwrite(buffer, trial, implicit_vr=False, little_endian=True)
+        again = pydicom.dcmread(BytesIO(buffer.getvalue()), force=True)
+        return all(text_of(again, keyword) == value for keyword, value in values.items())
+    except (ValueError, LookupError):
+        return False
 
 
 def set_times(source: Dataset, target: Dataset, context: ReportContext) -> None:

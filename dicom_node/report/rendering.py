@@ -130,6 +130,8 @@ def _render_one(
             notes=notes,
         )
     identity.copy_identity(first, ds)
+    if context.accepted is not None:
+        ds.OriginalAttributesSequence = [first.OriginalAttributesSequence[-1]]
     identity.set_times(first, ds, context)
     equipment.add_equipment(ds, outcome, context, identity.local_time(first, context))
     ds.file_meta = _file_meta(ds, context)
