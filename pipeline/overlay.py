@@ -150,7 +150,8 @@ def _draw_view(
     corners = _corners(view.crop)
     pen.line([_onto(point, whole, beside, _TOP, _SMALL) for point in corners], fill=palette.box, width=2)
     _frame(pen, beside, _TOP, _SMALL)
-    pen.text((beside, _TOP - 5), "whole view", font=_font(15), fill=_WHITE, anchor="ld")
+    # At the right, or it would read as one phrase with the label of the panel beside it.
+    pen.text((beside + _SMALL, _TOP - 5), "whole view", font=_font(15), fill=_WHITE, anchor="rd")
     if view.activation is not None:
         below = _TOP + _MAIN - _SMALL
         picture.paste(_heat(view.activation, region, _SMALL), (beside, below))
@@ -278,6 +279,10 @@ def _line(pen: ImageDraw.ImageDraw, y: int, text: str, size: int, shade: _Colour
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font that travels with Pillow: the same on every host."""
+    """Return the font that travels with Pillow, Aileron Regular (CC0): the same on every host, so the same pixels.
+
+    Pillow's copy is cut down to basic Latin. That is enough, so the package brings no font of its own: `wording` writes
+    plain ASCII only, and a picture has no names to show. A test holds every printable ASCII character to a glyph.
+    """
     # With a size, Pillow answers with a FreeType font or raises ImportError itself.
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))

@@ -6,13 +6,16 @@ import subprocess
 import sys
 import uuid
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
+import pydicom
 import pytest
 from pydicom.sr.codedict import codes as dictionary
 from pydicom.sr.coding import Code
 
 from dicom_node.report import OFFLINE_NAMESPACE, Predecessor, check, codes, render
+from dicom_node.settings import load
 from dicom_node.uids import valid_uid
 from pipeline.camera import examination
 
@@ -186,6 +189,27 @@ def test_a_site_may_put_its_own_code_in_the_place_of_ours(case):
     ds = made.read()
     assert _answers(ds, Code("1234", "99SITE", "")) == ["Present"]
     assert check(made.render(), made.sources, made.outcome, made.context) == ()
+
+
+_SITE = "".join(f'RMN{number:03d} = ["S{number}", "99SITE", "Site concept {number}"]\n' for number in range(1, 8))
+
+
+@pytest.mark.parametrize("outcome", ["present", "absent", "low_counts"])
+def test_codes_of_a_site_come_from_its_settings_into_every_kind_of_result(case, tmp_path, outcome):
+    (tmp_path / "node.toml").write_text(f"[codes]\n{_SITE}")
+    mapped = load(tmp_path / "node.toml").codes
+    assert sorted(mapped) == sorted(code.value for code in codes.OURS)
+    made = case(outcome, codes=mapped)
+    used = set()
+    for result in render(made.outcome, made.sources, made.context, ("sr", "sc", "seg")):
+        assert check(result, made.sources, made.outcome, made.context) == ()
+        ds = pydicom.dcmread(BytesIO(result.data))
+        for element in ds.iterall():
+            assert "RMN0" not in str(element.value if element.keyword == "CodeValue" else "")
+            if element.keyword == "CodeMeaning" and str(element.value).startswith("Site concept"):
+                used.add(str(element.value))
+    wanted = {"present": (1, 2, 3, 7), "absent": (1, 2, 6, 7), "low_counts": (5, 7)}[outcome]
+    assert used == {f"Site concept {number}" for number in wanted}
 
 
 def test_public_codes_have_the_meaning_of_the_dictionary():

@@ -6,14 +6,57 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
 from pipeline import overlay, wording
+from pipeline.camera import examination
 from pipeline.finding import Declined, Finding, ModelFacts
 
 
 def test_the_picture_is_drawn_from_an_outcome_alone_so_that_no_identity_can_stand_in_it():
     taken = {name: parameter.annotation for name, parameter in inspect.signature(overlay.draw).parameters.items()}
     assert taken == {"outcome": Finding | Declined, "model": ModelFacts | None, "colour": bool}
+
+
+@pytest.mark.parametrize("colour", ["colour", "grey"])
+@pytest.mark.parametrize("outcome", ["present", "low_counts"])
+def test_two_patients_with_the_same_counts_get_the_same_picture(case, outcome, colour):
+    pictures = set()
+    for seed in (1, 2):
+        who = examination(seed)
+        made = case(outcome, who=who, sc=colour, software_version="0.1.0")
+        ds = made.read("sc")
+        assert str(ds.PatientName) == who.patient_name
+        pictures.add(ds.PixelData)
+    assert len(pictures) == 1
+
+
+def test_the_font_has_a_glyph_of_its_own_for_every_character_we_write():
+    font = ImageFont.load_default(24)
+    missing = bytes(font.getmask("\ue000"))  # of the private use area: no font of ours has it
+    glyphs = {character: bytes(font.getmask(character)) for character in map(chr, range(0x21, 0x7F))}
+    assert missing not in glyphs.values()
+    assert len(set(glyphs.values())) > 90
+
+
+def test_text_is_drawn_at_the_size_it_is_shown_and_reads_in_grey(case):
+    """Full white beside the bare background: strokes of text that was scaled afterwards would be grey all over."""
+    for outcome in ("present", "absent", "undetermined", "low_counts"):
+        made = case(outcome)
+        line = overlay.draw(made.outcome, made.context.model, colour=False)[90:145, 30:-30]
+        background = int(np.median(line))
+        assert background <= 70
+        between = ((line != background) & (line < 247)).sum()
+        assert between < (line >= 247).sum()
+
+
+def test_the_verdicts_differ_in_grey_too(case):
+    outcome = case("present").outcome
+    words = {
+        overlay.draw(replace(outcome, finding=word), colour=False)[86:145].tobytes()
+        for word in ("present", "absent", "undetermined")
+    }
+    assert len(words) == 3
 
 
 @pytest.mark.parametrize("outcome", ["present", "absent", "undetermined", "low_counts"])
