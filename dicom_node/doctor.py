@@ -156,7 +156,7 @@ def _weights(settings: Settings) -> tuple[bool, str]:
 
     record = load_record(settings)
     try:
-        verify(settings.model.weights)
+        verify(settings.weights)
     except WeightsError as error:
         return False, str(error)
     return True, f"{record.name} {record.version}, {record.architecture}, digest {record.sha256[:12]} fits its record"

@@ -86,7 +86,7 @@ def load_record(settings: Settings) -> "WeightsRecord":
     from models.weights import WeightsError, find
 
     try:
-        record = find(settings.model.weights).record
+        record = find(settings.weights).record
     except WeightsError as error:
         raise SettingsError(f"model.weights: {error}") from error
     if record.preprocessing != settings.analysis.preprocessing:

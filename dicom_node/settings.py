@@ -324,6 +324,18 @@ class Settings(BaseSettings):
         return self.database.url or f"sqlite:///{self.storage.directory / 'worklist.db'}"
 
     @property
+    def installed_weights(self) -> Path:
+        """Folder of the weights that `remnant models install` put there."""
+        return self.storage.directory / "models"
+
+    @property
+    def weights(self) -> str:
+        """`model.weights`, an installed name turned into the path of its record."""
+        name = self.model.weights
+        path = self.installed_weights / name / f"{name}.json"
+        return str(path) if "/" not in name and path.is_file() else name
+
+    @property
     def listen_host(self) -> str:
         """The address to bind: loopback unless a source is configured, because without one anybody may send."""
         return self.node.host if self.sources or _is_loopback(self.node.host) else "127.0.0.1"

@@ -206,7 +206,7 @@ class Worker:
 def setup_of(settings: Settings) -> Setup:
     """Return what the analysis child needs to know of the settings."""
     return Setup(
-        weights=settings.model.weights,
+        weights=settings.weights,
         preprocessing=settings.analysis.preprocessing,
         require_views=settings.analysis.require_views,
         log_json=settings.log.json_lines,

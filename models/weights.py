@@ -1,17 +1,20 @@
 """Weights records: which file holds the trained numbers, what they may be used for, and how they were measured.
 
-A record is one JSON file. Shipped ones lie in `models/cards/<name>.json` with their tensors in
-`models/shipped/<file>`; a site's own record is a path, with its tensors beside it. Tensors are safetensors in float16
-and nothing else: no pickle, so no file can run code. The digest is compared before a byte is parsed. Whatever is wrong
-(a changed or truncated file, an unknown key, shapes of another network) ends in `WeightsError` with one sentence, and
-no network comes out. Reading a record imports no torch, so that `serve` and `doctor` can do it cheaply; `load` does.
+A record is one JSON file. Shipped ones lie in `models/cards/<name>.json` with their tensors in `models/shipped/<file>`;
+a site's own record is a path, with its tensors beside it, or installed: checked and copied into `<folder>/<name>/`,
+where it stays as it was accepted. Tensors are safetensors in float16 and nothing else: no pickle, so no file can run
+code. The digest is compared before a byte is parsed. Whatever is wrong (a changed or truncated file, an unknown key,
+shapes of another network) ends in `WeightsError` with one sentence, and no network comes out. Reading a record imports
+no torch, so that `serve` and `doctor` can do it cheaply; `load` does.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +223,58 @@ def save(
         part.write_bytes(data)
         part.replace(target)
     return path
+
+
+def installed(folder: Path) -> tuple[str, ...]:
+    """Names that were installed into `folder`, whether their files are still whole or not."""
+    return tuple(sorted(path.name for path in folder.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()))
+
+
+def installed_path(name: str, folder: Path) -> Path:
+    """Where the record of an installed name lies, or would lie."""
+    return folder / name / f"{name}.json"
+
+
+def install(path: Path, folder: Path) -> WeightsPlace:
+    """Check a record and its tensors, and copy both into `folder` under the record's name.
+
+    The network is built once, so that what is installed loads. The folder gets its name last: an interrupted
+    installation leaves nothing that could be found. A name stands for one set of weights: installing the same again
+    does nothing, and other weights under a name that is taken are refused, for results in the archive name it.
+
+    Raises `WeightsError` for whatever `load` refuses ("local" without a signed acceptance report among it), for a taken
+    name, and where `folder` cannot be written.
+    """
+    if path.suffix != ".json":
+        raise WeightsError(f"{path.name!r} is not a weights record: give the path of its .json file")
+    if path.resolve().parent == CARDS.resolve():
+        raise WeightsError(f"{path.stem!r} comes with this version and needs no installation")
+    record = load(str(path.absolute())).record
+    content = _verified_bytes(find(str(path.absolute())))
+    home = folder / record.name
+    if record.name in available():
+        raise WeightsError(f"{record.name!r} is the name of weights that come with this version; give yours another")
+    if home.exists():
+        if verify(str(installed_path(record.name, folder))).record == record:
+            return verify(str(installed_path(record.name, folder)))
+        raise WeightsError(
+            f"other weights are installed as {record.name!r} already, and results name them; give the new ones another "
+            "name in their record"
+        )
+    part = folder / f".{record.name}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, data in ((record.file, content), (f"{record.name}.json", to_json(record).encode())):
+            with (part / name).open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        part.rename(home)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise WeightsError(f"weights cannot be installed into {folder}: {error.strerror}") from error
+    return verify(str(installed_path(record.name, folder)))
 
 
 def to_json(record: WeightsRecord) -> str:

@@ -288,3 +288,14 @@ def test_the_zone_is_always_one_that_exists(monkeypatch: pytest.MonkeyPatch) -> 
     assert load().zone == ZoneInfo("Asia/Tokyo")
     monkeypatch.setenv("TZ", "CET-1CEST")  # a POSIX rule names no zone
     assert load().zone.key
+
+
+def test_an_installed_name_leads_to_its_record_and_any_other_word_stays_as_it_is(tmp_path: Path) -> None:
+    settings = Settings(storage={"directory": tmp_path}, model={"weights": "ward-7"})
+    assert settings.weights == "ward-7"
+    record = settings.installed_weights / "ward-7" / "ward-7.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    assert settings.weights == str(record)
+    assert Settings(storage={"directory": tmp_path}, model={"weights": str(record)}).weights == str(record)
+    assert Settings(storage={"directory": tmp_path}).weights == "remnant-resnet18-phantom"

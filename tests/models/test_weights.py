@@ -226,3 +226,79 @@ def test_reading_and_verifying_a_record_imports_no_torch(record_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def _accepted(path: Path, **changes: str) -> None:
+    data = json.loads(path.read_text())
+    report = {
+        "signed_by": "A. Physicist",
+        "signed_on": "2026-01-31",
+        "camera": "a simulated camera",
+        "accepted_sha256": data["sha256"],
+        "accepted_preprocessing_version": data["preprocessing_version"],
+        "summary": "invented for a test",
+    }
+    _edit(path, release="local", acceptance=report | changes)
+
+
+def test_installed_weights_are_a_checked_copy_under_their_name(record_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "var" / "models"
+    assert weights.installed(folder) == ()
+    place = weights.install(record_path, folder)
+    assert place.record_path == weights.installed_path("untrained-test-fixture", folder)
+    assert weights.installed(folder) == ("untrained-test-fixture",)
+    record_path.unlink()
+    (record_path.parent / "untrained.safetensors").unlink()
+    assert weights.load(str(place.record_path)).record == place.record
+    assert not list(folder.glob(".*"))
+
+
+def test_a_name_stands_for_one_set_of_weights(record_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    assert weights.install(record_path, folder) == weights.install(record_path, folder)
+    _edit(record_path, threshold=0.4)
+    with pytest.raises(WeightsError, match="give the new ones another"):
+        weights.install(record_path, folder)
+    _edit(record_path, name="remnant-resnet18-phantom")
+    with pytest.raises(WeightsError, match="come with this version"):
+        weights.install(record_path, folder)
+    with pytest.raises(WeightsError, match="needs no installation"):
+        weights.install(weights.CARDS / "remnant-resnet18-phantom.json", folder)
+    assert weights.installed(folder) == ("untrained-test-fixture",)
+
+
+def test_local_weights_are_installed_only_with_a_report_signed_for_them(record_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    _edit(record_path, release="local")
+    with pytest.raises(WeightsError, match="without an acceptance report"):
+        weights.install(record_path, folder)
+    for changes, told in (({"signed_by": " "}, "signer"), ({"accepted_sha256": "1" * 64}, "other weights")):
+        _accepted(record_path, **changes)
+        with pytest.raises(WeightsError, match=told):
+            weights.install(record_path, folder)
+    assert weights.installed(folder) == ()
+    _accepted(record_path)
+    assert weights.install(record_path, folder).record.release == "local"
+
+
+def test_nothing_of_a_refused_file_is_run_or_left_behind(
+    record_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models"
+    with pytest.raises(WeightsError, match="not a weights record"):
+        weights.install(record_path.parent / "untrained.safetensors", folder)
+    _replace_tensors(record_path, pickle.dumps(_Bomb()))
+    with pytest.raises(WeightsError, match="not a safetensors file"):
+        weights.install(record_path, folder)
+    _edit(record_path, sha256="0" * 64)
+    with pytest.raises(WeightsError, match="digest differs"):
+        weights.install(record_path, folder)
+    assert not Path("exploded").exists()
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(record_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    with pytest.raises(WeightsError, match="cannot be installed into"):
+        weights.install(record_path, tmp_path / "taken")
