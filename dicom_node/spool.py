@@ -66,7 +66,8 @@ def open_spool(directory: Path, min_free: int) -> Spool:
 def clear_unfinished(folder: Path) -> int:
     """Remove what an ended process left half written in `incoming` or `rendering`; return how many.
 
-    Only the one process that writes there may call this, at its start.
+    Only the process that writes there may call this, at its start: the receiver for `incoming`, the worker for
+    `rendering`. A sender that is storing a simpler report just then fails to, says so, and tries again.
     """
     leftovers = list(folder.iterdir())
     for leftover in leftovers:

@@ -261,3 +261,21 @@ def test_nothing_is_made_of_a_report_whose_bytes_changed(scan, choosy):
     path.write_bytes(path.read_bytes().replace(b"Present", b"Absent "))
     with pytest.raises(ChainError, match="damaged"):
         next_object(made.engine, made.spool, one, sc="colour")
+
+
+def test_a_disk_that_takes_no_simpler_report_just_now_delays_it_and_nothing_else(scan, choosy):
+    archive = choosy(SecondaryCaptureImageStorage, ComprehensiveSRStorage)
+    made = scan(pacs=archive)
+    away = made.spool.rendering.rename(made.spool.rendering.with_name("away"))
+    pause = threading.Event()
+    with made.sender():
+        for _ in range(600):
+            if made.row["last_error"] and archive.classes:
+                break
+            pause.wait(0.05)
+        assert archive.classes == [SecondaryCaptureImageStorage]
+        assert "no simpler report could be stored" in made.row["last_error"]
+        assert made.row["state"] == "sending"
+        away.rename(made.spool.rendering)
+    assert made.deliver()["state"] == "delivered"
+    assert sorted(archive.classes) == sorted([SecondaryCaptureImageStorage, ComprehensiveSRStorage])
