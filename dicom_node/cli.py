@@ -314,6 +314,32 @@ def worklist_accept_identity(
     typer.echo(f"row {row_id} is queued as revision {revision}, for the accepted identity")
 
 
+@worklist_app.command("recall")
+def worklist_recall(
+    row_id: RowId,
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the study; no patient data, it stays for ever.")],
+    code: Annotated[str, typer.Option(help="safety: rejected for patient safety; quality: for quality.")] = "safety",
+    config: Config = None,
+) -> None:
+    """Withdraw the results sent of a row: a Key Object Selection that rejects them goes wherever they went."""
+    from dicom_node import spool
+    from dicom_node.recall import recall
+    from dicom_node.wake import Bell
+
+    if code != "safety" and code != "quality":
+        raise SettingsError(f"--code: {code!r} is neither safety nor quality.")
+    if not reason.strip():
+        raise SettingsError("--reason: say why, in a few words.")
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        told = recall(
+            engine, store, settings, row_id, why="safety" if code == "safety" else "quality", reason=reason.strip()
+        )
+    Bell(store.run / "sender.bell").ring()
+    typer.echo(f"row {row_id} is recalled; told: {', '.join(told)}")
+
+
 @worklist_app.command("prove")
 def worklist_prove(row_id: RowId, as_json: AsJson = False, config: Config = None) -> None:
     """Print the chain from each received digest to what was sent where, checking every digest on the way."""

@@ -19,6 +19,7 @@ from dicom_node.contexts import (
     IMPLEMENTATION_VERSION_NAME,
     OPTIONAL_SYNTAXES,
     REPORT_CHAIN,
+    RECALL_CLASS,
     RESULT_CLASSES,
     VERIFICATION,
     proposed_contexts,
@@ -68,6 +69,7 @@ def _overview() -> list[str]:
                 ("Verification", "yes (`remnant doctor`)", "yes"),
                 ("Storage: the other classes of section 2.2", "no", "yes"),
                 *((sent.name, "yes", "yes") for sent in dict.fromkeys((*RESULT_CLASSES.values(), *REPORT_CHAIN))),
+                (RECALL_CLASS.name, "yes (`remnant worklist recall`)", "yes"),
                 ("Storage Commitment", "no", "no"),
                 ("Study Root Query/Retrieve - FIND", "to destinations with `query = true`", "no"),
                 ("Other Query/Retrieve, Modality Worklist, Performed Procedure Step", "no", "no"),
@@ -188,6 +190,10 @@ def _storage_scu(settings: Settings) -> list[str]:
         (sent.name, f"`{sent.uid}`", cx.transfer_syntax[0].name, "`sr`, where it is refused")
         for sent in REPORT_CHAIN[1:]
         for cx in proposed_contexts([sent.uid])
+    ]
+    proposed += [
+        (RECALL_CLASS.name, f"`{RECALL_CLASS.uid}`", cx.transfer_syntax[0].name, "withdrawal of any")
+        for cx in proposed_contexts([RECALL_CLASS.uid])
     ]
     statuses = [(_range(row), row.text, _WHAT_FOLLOWS[row.kind]) for row in sender.STATUS_TABLE]
     rejections = [(str(source), str(reason), meaning) for (source, reason), meaning in sender.REJECTION_REASONS.items()]

@@ -105,6 +105,9 @@ REPORT_CHAIN: tuple[Registered, ...] = (
     _named("1.2.840.10008.5.1.4.1.1.88.11"),  # Basic Text SR
 )
 
+# What withdraws results that were sent.
+RECALL_CLASS = _named("1.2.840.10008.5.1.4.1.1.88.59")  # Key Object Selection
+
 # Implicit VR Little Endian is the one syntax nobody may refuse (PS3.5 section 10.1). Explicit comes first: where a peer
 # lists both in one context we take the one that keeps the value representations of private elements.
 DEFAULT_SYNTAXES: tuple[Registered, ...] = (_named(ExplicitVRLittleEndian), _named(ImplicitVRLittleEndian))

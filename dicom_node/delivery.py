@@ -142,6 +142,10 @@ class Sender:
         )
         may_go = []
         for delivery in due:
+            if delivery.kind == "kos":
+                # A withdrawal belongs beside the results it names, under the identity they were sent with.
+                may_go.append(delivery)
+                continue
             known = answers[delivery.whose.study_instance_uid]
             if isinstance(known, Outcome):
                 self._record(destination, delivery, known, started)

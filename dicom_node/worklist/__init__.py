@@ -22,6 +22,7 @@ from dicom_node.worklist.guard import Lease
 from dicom_node.worklist.history import EVENTS, Event, changes_since, events, last_event_id, record_event, verify_events
 from dicom_node.worklist.identities import accept_identity, hold_identity
 from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive
+from dicom_node.worklist.recalls import SentResult, recall, sent_results
 from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
 from dicom_node.worklist.tables import VIEW_COLUMNS
@@ -76,6 +77,7 @@ __all__ = [
     "Predecessor",
     "PurgeableFile",
     "Receipt",
+    "SentResult",
     "Stored",
     "TransitionRefused",
     "WorklistFault",
@@ -105,6 +107,7 @@ __all__ = [
     "open_worklist",
     "pending_versions",
     "purgeable",
+    "recall",
     "receive",
     "record_delivery",
     "record_event",
@@ -115,6 +118,7 @@ __all__ = [
     "rows",
     "scan_of",
     "schema_is_current",
+    "sent_results",
     "stored_results",
     "substitute_delivery",
     "try_again",

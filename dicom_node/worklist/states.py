@@ -36,7 +36,10 @@ TRANSITIONS: Mapping[tuple[str, str], str] = MappingProxyType(
         ("declined", "queued"): "a person asked for a retry: a new revision",
         ("failed", "queued"): "a person asked for a retry: a new revision",
         ("recalled", "queued"): "a person asked for a retry: a new revision",
-        ("delivered", "recalled"): "a person withdrew the results",
+        **{
+            (state, "recalled"): "a person withdrew what was sent"
+            for state in ("sending", "delivered", "declined", "failed")
+        },
         **{(state, "receiving"): _REVISION for state in STATES},
         **{(state, "failed"): _IDENTITY for state in ("receiving", "queued", "delivered", "declined", "recalled")},
     }
