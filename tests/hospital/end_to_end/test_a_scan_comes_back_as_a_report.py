@@ -1,5 +1,6 @@
 """The main job with real programs: DCMTK's storescu is the camera, Orthanc is the PACS."""
 
+import json
 import subprocess
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydicom import Dataset, dcmread
-from pydicom.uid import Comprehensive3DSRStorage, SecondaryCaptureImageStorage
+from pydicom.uid import Comprehensive3DSRStorage, SecondaryCaptureImageStorage, SegmentationStorage
 
 from pipeline.camera import SHAPES, examination, expose
 from pipeline.phantom import phantom
@@ -169,3 +170,32 @@ def test_two_acquisitions_of_one_study_sent_interleaved_are_two_rows_never_mixed
             for item in series.ReferencedSOPSequence
         }
         assert sources in wanted
+
+
+def test_a_destination_that_asks_for_it_gets_the_outlined_tissue_and_nothing_of_the_kind_for_a_clean_neck(
+    make_node: Callable[..., Any], orthanc: Any, camera: Callable[..., None]
+) -> None:
+    node = make_node(orthanc)
+    with node.config.open("a") as config:
+        config.write('results = ["sr", "sc", "seg"]\n')
+    node.start()
+    found = expose(_clear(31), examination(1031), "six_frames")
+    clean = expose(phantom(32, residual=False, stratum="plain"), examination(1032), "six_frames")
+    camera(node.port, [*found, *clean])
+    rows = {row["study_instance_uid"]: row for row in node.wait_for_rows(2)}
+    for (scan,), finding, classes in (
+        (found, "present", RESULT_CLASSES | {SegmentationStorage}),
+        (clean, "absent", RESULT_CLASSES),
+    ):
+        row = rows[str(scan.StudyInstanceUID)]
+        assert (row["state"], row["finding"]) == ("delivered", finding)
+        sent = {ds.SOPClassUID: ds for ds in _in_pacs(orthanc, scan)}
+        assert set(sent) == classes
+        assert {one["sop_class_uid"] for one in json.loads(row["results"])} == classes
+        if finding == "present":
+            mask = sent[SegmentationStorage]
+            assert mask.PatientID == scan.PatientID
+            assert mask.SourceImageSequence[0].ReferencedSOPInstanceUID == scan.SOPInstanceUID
+            assert mask.SourceImageSequence[0].ReferencedFrameNumber == 1
+            counts = scan.pixel_array[0]
+            assert counts[mask.pixel_array.astype(bool)].mean() > 3 * counts.mean()
