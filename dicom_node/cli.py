@@ -33,6 +33,10 @@ worklist_app = typer.Typer(help="The worklist: one row for each scan, what becam
 db_app = typer.Typer(help="The worklist's database.", no_args_is_help=True)
 app.add_typer(worklist_app, name="worklist")
 app.add_typer(db_app, name="db")
+models_app = typer.Typer(
+    help="Weights: which there are, what they may be used for, installing them.", no_args_is_help=True
+)
+app.add_typer(models_app, name="models")
 
 Config = Annotated[
     Path | None,
@@ -40,6 +44,7 @@ Config = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines for a machine to read.")]
 RowId = Annotated[int, typer.Argument(help="The row's id, as `remnant worklist list` shows it.", metavar="ID")]
+Weights = Annotated[str, typer.Argument(help="A name, as `remnant models list` shows it, or a path.", metavar="NAME")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 
@@ -132,7 +137,7 @@ def analyse(
     files = offline.find_files(paths)
     started = time.monotonic()
     try:
-        model = load_model(settings.model.weights)
+        model = load_model(settings.weights)
     except WeightsError as error:
         raise SettingsError(f"model.weights: {error}") from error
     load_ms = 1000 * (time.monotonic() - started)
@@ -388,6 +393,113 @@ def db_check(as_json: AsJson = False, config: Config = None) -> None:
     if not faults and not as_json:
         typer.echo("no faults found")
     raise typer.Exit(ANSWER_IS_NO if faults else DONE)
+
+
+@models_app.command("list")
+def models_list(as_json: AsJson = False, config: Config = None) -> None:
+    """Show the weights that come with this version and those that were installed; * marks what the node uses."""
+    from models.weights import WeightsError, available, find, installed, installed_path
+
+    settings = load(config)
+    folder = settings.installed_weights
+    places = [(name, "shipped", name) for name in available()]
+    places += [(name, "installed", str(installed_path(name, folder))) for name in installed(folder)]
+    for name, origin, source in places:
+        facts: dict[str, object] = {"name": name, "origin": origin, "in_use": source == settings.weights}
+        try:
+            record = find(source).record
+            told = ("version", "release", "architecture", "preprocessing", "sha256")
+            facts |= {fact: getattr(record, fact) for fact in told}
+        except WeightsError as error:
+            facts["error"] = str(error)
+        if as_json:
+            _print_json(facts)
+        else:
+            rest = [str(value) for fact, value in facts.items() if fact not in ("name", "in_use", "sha256")]
+            typer.echo(f"{'*' if facts['in_use'] else ' '} {name:<32}  {'  '.join(rest)}")
+
+
+@models_app.command("show")
+def models_show(which: Weights, as_json: AsJson = False, config: Config = None) -> None:
+    """Show a record: what it was trained on, how it was measured, what it may be used for."""
+    from dataclasses import asdict
+
+    from models.weights import WeightsError, find
+
+    try:
+        record = asdict(find(_weights_source(load(config), which)).record)
+    except WeightsError as error:
+        raise WrongUse(f"{error}.") from error
+    if as_json:
+        _print_json(record)
+        return
+    console = Console()
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            console.print(f"[bold]{name}[/bold]")
+            for inner, item in value.items():
+                console.print(f"  {inner:<30} {item}", markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(f"[bold]{name:<24}[/bold]", end="")
+            console.print(f"{value if value is not None else '-'}", markup=False, highlight=False, soft_wrap=True)
+
+
+@models_app.command("verify")
+def models_verify(
+    which: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names or paths of records; without any, all there are.", metavar="[NAME...]"),
+    ] = None,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Check records and compare the digests of their files. Exit code 1 where one does not hold."""
+    from models.weights import WeightsError, available, installed, verify
+
+    settings, well = load(config), True
+    for name in which or (*available(), *installed(settings.installed_weights)):
+        try:
+            detail, holds = f"sha256 {verify(_weights_source(settings, name)).record.sha256}", True
+        except WeightsError as error:
+            detail, holds, well = str(error), False, False
+        if as_json:
+            _print_json({"name": name, "ok": holds, "detail": detail})
+        else:
+            typer.echo(f"{'ok  ' if holds else 'FAIL'}  {name}  {detail}")
+    raise typer.Exit(DONE if well else ANSWER_IS_NO)
+
+
+@models_app.command("install")
+def models_install(
+    path: Annotated[Path, typer.Argument(help="The record's .json file, its tensors beside it.", metavar="RECORD")],
+    config: Config = None,
+) -> None:
+    """Check a record and its tensors and copy them into the storage folder, to be used by name.
+
+    Refused, with exit code 1: what does not load, a name that is taken, other preprocessing than this version's, and
+    release "local" without an acceptance report signed for these very weights.
+    """
+    from models.weights import WeightsError, find, install
+    from pipeline.analyse import WrongPreprocessing, check_preprocessing
+
+    settings = load(config)
+    try:
+        record = find(str(path.absolute())).record
+        check_preprocessing(record, record.preprocessing)
+        place = install(path, settings.installed_weights)
+    except (WeightsError, WrongPreprocessing) as error:
+        typer.echo(f"remnant: not installed: {error}", err=True)
+        raise typer.Exit(ANSWER_IS_NO) from error
+    typer.echo(f"installed {record.name} ({record.release}) in {place.record_path.parent}")
+    typer.echo(f'to use it: [model] weights = "{record.name}" in the settings, then start the node again')
+
+
+def _weights_source(settings: Settings, name: str) -> str:
+    """What a person calls weights, as `models.weights.find` takes it: an installed name becomes its record's path."""
+    from models.weights import installed, installed_path
+
+    folder = settings.installed_weights
+    return str(installed_path(name, folder)) if name in installed(folder) else name
 
 
 def _start(config: Path | None, role: str) -> Settings:
