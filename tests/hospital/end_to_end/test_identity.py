@@ -91,14 +91,28 @@ def test_a_scan_that_the_archive_knows_as_somebody_elses_waits_for_a_person(
     assert {one["kind"] for one in json.loads(row["results"])} == {"sr", "sc"}
     assert "SIM-MERGED" not in node.log
 
+    recalled = _remnant(node, "worklist", "recall", "1", "--reason", "wrong side marked")
+    assert recalled.returncode == 0, recalled.stderr
+    wait(lambda: [one for one in _results(archive, study) if one.Modality == "KO"], "the withdrawal at the archive")
+    (withdrawal,) = (one for one in _results(archive, study) if one.Modality == "KO")
+    assert withdrawal.ConceptNameCodeSequence[0].CodeValue == "113037"
+    assert (withdrawal.PatientID, str(withdrawal.PatientName)) == ("SIM-MERGED", "Wang^XiaoDong=王^晓东")
+    named = {
+        item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
+        for item in withdrawal.ContentSequence
+        if "ReferencedSOPSequence" in item
+    }
+    assert named == {one.SOPInstanceUID for one in results}
+    assert node.rows()[0]["state"] == "recalled"
+
     # A study that the archive does not know yet is sent, and an archive that forwards all of it to us starts nothing.
     (fresh,) = expose(phantom(2, residual=True, stratum="uptake_1_up"), examination(5102), "two_frames")
     camera(node.port, (fresh,))
-    node.wait_for_rows(2, ("delivered",))
+    node.wait_for_rows(2, ("delivered", "recalled"))
     returned = [dcmread(BytesIO(data)) for data in node.results().values()]
     camera(node.port, returned)
     wait(
         lambda: node.query("select count(*) from event where event = 'returned'") == [(len(returned),)], "all came back"
     )
-    assert [row["state"] for row in node.rows()] == ["delivered", "delivered"]
+    assert [row["state"] for row in node.rows()] == ["recalled", "delivered"]
     assert node.query("select sum(claims) from scan") == [(2,)], "a revision each, analysed once"
