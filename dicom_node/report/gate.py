@@ -516,7 +516,8 @@ def _mask_is_on_its_frame(case: _Case) -> Iterator[str]:
         for one in case.ds.get("ReferencedSeriesSequence") or ()
         for sop in one.get("ReferencedInstanceSequence") or ()
     ]
-    if series != [(source.series_instance_uid, source.sop_instance_uid)]:
+    received = next(ds for ds in case.sources if text_of(ds, "SOPInstanceUID") == source.sop_instance_uid)
+    if series != [(text_of(received, "SeriesInstanceUID"), source.sop_instance_uid)]:
         yield "ReferencedSeriesSequence does not name the series of the view"
 
 

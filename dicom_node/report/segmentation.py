@@ -106,7 +106,8 @@ def _stand_in(received: Dataset, view: ViewFinding, context: ReportContext) -> D
     bare.SOPClassUID = CTImageStorage
     bare.SOPInstanceUID = hd.UID(source.sop_instance_uid)
     bare.StudyInstanceUID = hd.UID(text_of(received, "StudyInstanceUID"))
-    bare.SeriesInstanceUID = hd.UID(source.series_instance_uid)
+    # Of the object, not of the view: where a person accepted another identity, the series may be another, too.
+    bare.SeriesInstanceUID = hd.UID(text_of(received, "SeriesInstanceUID"))
     for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"):
         setattr(bare, keyword, "")
     bare.StudyDate = bare.StudyTime = None

@@ -147,6 +147,15 @@ def test_the_cameras_frame_of_reference_is_kept_where_it_names_one(case):
     assert front.SeriesInstanceUID != rear.SeriesInstanceUID  # a series has one frame of reference
 
 
+def test_a_mask_names_the_series_that_its_scan_has_under_an_accepted_identity(case):
+    made = case("present")
+    moved = made.sources[0]
+    moved.StudyInstanceUID, moved.SeriesInstanceUID = "2.25.81", "2.25.82"
+    ds = made.read("seg")
+    assert (ds.StudyInstanceUID, ds.ReferencedSeriesSequence[0].SeriesInstanceUID) == ("2.25.81", "2.25.82")
+    assert check(made.render("seg"), made.sources, made.outcome, made.context) == ()
+
+
 def test_foreign_readers_find_the_mask_and_its_scan(case, peer, tmp_path):
     made = _one_sided(case("present"), "anterior", slice(112, 121))
     data = made.render("seg").data
