@@ -18,7 +18,7 @@ import pytest
 from pydicom import Dataset
 
 START_S = 120.0
-WAIT_S = 60.0
+WAIT_S = 180.0  # far above what a quiet machine needs: a slow one is not a fault of the node
 REST = ("delivered", "declined", "failed")
 
 
