@@ -110,6 +110,10 @@ class Orthanc:
         query = {"Level": "Instance", "Query": {"StudyInstanceUID": study_uid}}
         return list(json.loads(self._request("POST", "/tools/find", json.dumps(query).encode())))
 
+    def store(self, file: bytes) -> None:
+        """Put a Part 10 file into the archive, by HTTP."""
+        self._request("POST", "/instances", file)
+
     def file(self, identifier: str) -> bytes:
         """The Part 10 file of an instance, as Orthanc stored it."""
         return self._request("GET", f"/instances/{identifier}/file")
