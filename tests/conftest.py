@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,14 @@ pydicom.config.INVALID_KEYWORD_BEHAVIOR = "RAISE"
 
 @pytest.fixture(scope="session")
 def peer() -> Callable[[str], Path]:
-    """Find a real program by name or path; missing is a failure in CI and a skip, with its name, elsewhere."""
+    """Find a real program by name or path; missing is a failure in CI and a skip, with its name, elsewhere.
+
+    Judges that come from PyPI lie beside the interpreter. DCMTK's programs are asked for by full path, because
+    pynetdicom puts others of the same names there.
+    """
 
     def find(program: str) -> Path:
-        found = shutil.which(program)
+        found = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
         if found is None:
             message = f"{program} is not installed (apt: dcmtk, orthanc, postgresql, sqlite3)"
             if os.environ.get("CI"):
