@@ -37,6 +37,7 @@ def test_decisions_agree_with_scikit_learn_and_both_conventions_are_named() -> N
     assert table.sensitivity == pytest.approx(reference.recall_score(labels, called))
     assert table.specificity == pytest.approx(reference.recall_score(labels, called, pos_label=0))
     assert table.precision == pytest.approx(reference.precision_score(labels, called))
+    assert table.f1 == pytest.approx(reference.f1_score(labels, called))
     assert (table.sensitivity_as_in_paper, table.specificity_as_in_paper) == (table.specificity, table.sensitivity)
 
 
@@ -64,6 +65,25 @@ def test_the_chosen_threshold_has_the_greatest_sensitivity_plus_specificity() ->
     false_positive, true_positive, _ = reference.roc_curve(labels, scores)
     assert chosen.sensitivity + chosen.specificity - 1 == pytest.approx((true_positive - false_positive).max())
     assert metrics.youden_threshold([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.9, 0.95, 1.0])
+def test_the_threshold_for_a_sensitivity_is_the_greatest_that_keeps_it(wanted: float) -> None:
+    labels, scores = _case(8, ties=True)
+    threshold = metrics.sensitivity_threshold(labels, scores, wanted)
+    assert metrics.confusion(labels, scores, threshold).sensitivity >= wanted
+    above = scores[scores >= threshold].min()
+    assert metrics.confusion(labels, scores, np.nextafter(above, np.inf)).sensitivity < wanted
+    assert threshold not in scores or threshold == scores.min()
+
+
+def test_a_threshold_for_a_sensitivity_counts_scans_and_not_rounding_errors() -> None:
+    labels, scores = [1] * 20 + [0], [*np.arange(1.0, 21.0), 0.5]
+    assert metrics.sensitivity_threshold(labels, scores, 0.95) == pytest.approx(1.5)
+    assert metrics.sensitivity_threshold([1, 0], [0.2, 0.9], 1.0) == pytest.approx(0.2)
+    for labels, wanted in (([1, 1], 0.9), ([1, 0], 0.0), ([1, 0], 1.1)):
+        with pytest.raises(MetricsError):
+            metrics.sensitivity_threshold(labels, [0.1, 0.2], wanted)
 
 
 def test_the_temperature_is_recovered_from_overconfident_logits() -> None:
