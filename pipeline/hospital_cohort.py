@@ -22,6 +22,7 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
+from pipeline.camera import SIMULATED_ISSUER
 from pipeline.reasons import REASONS
 from pipeline.views import Acquisition, HeaderFacts, UnreadableHeader, UnusableScan, facts_of, group, view_images
 
@@ -67,7 +68,8 @@ class LabelledScan:
     """One scan with its label.
 
     `patient`: digest of PatientID and issuer; `files`: one an object, in the order of `sop_instance_uids`; `strata`:
-    groups that the labels put it in, such as "salivary_only"; `uptake_percent`: of residual tissue, where it is known.
+    groups that the labels put it in, such as "salivary_only"; `uptake_percent`: of residual tissue, where it is known;
+    `synthetic`: whether it says itself that it was simulated.
     """
 
     files: tuple[Path, ...]
@@ -77,6 +79,7 @@ class LabelledScan:
     residual: bool
     strata: tuple[str, ...] = ()
     uptake_percent: float | None = None
+    synthetic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +395,14 @@ def _scan(found: Acquisition, chosen: dict[str, _Object], line: _Line) -> Labell
     patient, study_instance_uid = _study(found, chosen)
     files = tuple(chosen[uid].path for uid in found.sop_instance_uids)
     return LabelledScan(
-        files, found.sop_instance_uids, study_instance_uid, patient, line.residual, line.strata, line.uptake_percent
+        files,
+        found.sop_instance_uids,
+        study_instance_uid,
+        patient,
+        line.residual,
+        line.strata,
+        line.uptake_percent,
+        chosen[found.sop_instance_uids[0]].facts.issuer_of_patient_id == SIMULATED_ISSUER,
     )
 
 
