@@ -379,12 +379,21 @@ def db_upgrade(config: Config = None) -> None:
 
 
 @db_app.command("check")
-def db_check(as_json: AsJson = False, config: Config = None) -> None:
-    """Check the database's integrity and the chain of its history."""
-    from dicom_node import worklist
+def db_check(
+    files: Annotated[bool, typer.Option(help="Compare every file with its digest too; reads the whole spool.")] = True,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Check the database, the chain of its history, and every file against its digest and its row."""
+    from dicom_node import reconcile, spool, worklist
 
+    settings = load(config)
     with _Database(config) as engine:
         faults = [*worklist.check(engine), *worklist.verify_events(engine)]
+        if files:
+            store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+            read = _with_progress(reconcile.faulty_files(engine, store), Console(stderr=True), "reading files")
+            faults += [fault for fault in read if fault]
     for fault in faults:
         if as_json:
             _print_json({"fault": str(fault)})
@@ -393,6 +402,59 @@ def db_check(as_json: AsJson = False, config: Config = None) -> None:
     if not faults and not as_json:
         typer.echo("no faults found")
     raise typer.Exit(ANSWER_IS_NO if faults else DONE)
+
+
+@db_app.command("backup")
+def db_backup(
+    path: Annotated[Path, typer.Argument(help="File to write; it holds patient identity.", metavar="FILE")],
+    config: Config = None,
+) -> None:
+    """Write the whole worklist into one SQLite file and check it; the node may go on working."""
+    from dicom_node import worklist
+
+    with _Database(config) as engine:
+        worklist.backup(engine, path)
+    typer.echo(f"wrote {path}; copy the folders spool and results after it, not before")
+
+
+@db_app.command("restore")
+def db_restore(
+    path: Annotated[Path, typer.Argument(help="A file that `remnant db backup` wrote.", metavar="FILE")],
+    config: Config = None,
+) -> None:
+    """Make the worklist that of a backup, with the node stopped. What came since is entered again from the spool."""
+    from dicom_node import spool, worklist
+    from dicom_node.service import stopped
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with stopped(store):
+        aside = worklist.restore(settings.database_url, path)
+    typer.echo("restored" + (f"; what was there lies in {aside}" if aside else ""))
+    typer.echo("the node enters what it finds in the spool when it starts")
+
+
+@db_app.command("copy")
+def db_copy(
+    url: Annotated[str, typer.Argument(help="An empty database: postgresql+psycopg://... or sqlite:///FILE.")],
+    config: Config = None,
+) -> None:
+    """Copy the whole worklist into another database, with the node stopped, and compare every line."""
+    from dicom_node import spool, worklist
+    from dicom_node.service import stopped
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with stopped(store), _Database(config) as engine:
+        if worklist.other_sessions(engine):
+            raise RemnantError("A node on another machine uses this database.", hint="Stop it first.")
+        target = worklist.open_worklist(url, busy_timeout_s=settings.database.busy_timeout_s)
+        try:
+            copied = worklist.copy(engine, target)
+        finally:
+            target.dispose()
+    typer.echo(", ".join(f"{count} {table}" for table, count in copied.items()))
+    typer.echo("to use it, give its URL as [database] url in the settings")
 
 
 @models_app.command("list")
@@ -635,13 +697,13 @@ def _print_verdict(console: Console, verdict: Any, release: str, load_ms: float)
         line(f"  wrote         {path}")
 
 
-def _with_progress(items: Iterable[Any], console: Console) -> Iterable[Any]:
+def _with_progress(items: Iterable[Any], console: Console, what: str = "analysing") -> Iterable[Any]:
     from rich.progress import track
 
     if not sys.stderr.isatty():
         return items
     listed: Callable[..., Iterable[Any]] = track
-    return listed(items, description="analysing", console=console, transient=True)
+    return listed(items, description=what, console=console, transient=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -259,6 +259,17 @@ def _lock(path: Path, *, wait_s: float, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def stopped(store: Spool) -> Iterator[None]:
+    """Hold every role of this storage folder, so that none can start. Raises RemnantError where one runs."""
+    with ExitStack() as held:
+        for role in ROLES:
+            held.enter_context(
+                _lock(store.run / f"{role}.lock", wait_s=0, what=f"the role {role} of this storage folder")
+            )
+        yield
 
 
 def _announce(store: Spool, role: Role, **facts: object) -> None:

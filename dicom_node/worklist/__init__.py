@@ -21,11 +21,12 @@ from dicom_node.worklist.engine import DAMAGED, DatabaseUnavailable, WorklistFau
 from dicom_node.worklist.guard import Lease
 from dicom_node.worklist.history import EVENTS, Event, changes_since, events, last_event_id, record_event, verify_events
 from dicom_node.worklist.identities import accept_identity, hold_identity
-from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive
+from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive, storable
 from dicom_node.worklist.recalls import SentResult, recall, sent_results
 from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
 from dicom_node.worklist.tables import VIEW_COLUMNS
+from dicom_node.worklist.transfer import backup, copy, other_sessions, restore
 from dicom_node.worklist.upkeep import (
     KeptFile,
     Loss,
@@ -36,6 +37,7 @@ from dicom_node.worklist.upkeep import (
     kept_files,
     mark_purged,
     note_lost,
+    patients_and_studies,
     purgeable,
 )
 from dicom_node.worklist.view import counts_by_state, details, row, rows, scan_of
@@ -87,10 +89,12 @@ __all__ = [
     "TransitionRefused",
     "WorklistFault",
     "accept_identity",
+    "backup",
     "break_lease",
     "changes_since",
     "check",
     "claim",
+    "copy",
     "counts_by_state",
     "damage",
     "details",
@@ -110,6 +114,8 @@ __all__ = [
     "note_lost",
     "observe_leases",
     "open_worklist",
+    "other_sessions",
+    "patients_and_studies",
     "pending_versions",
     "purgeable",
     "recall",
@@ -118,12 +124,14 @@ __all__ = [
     "record_event",
     "release_deliveries",
     "release_owner",
+    "restore",
     "retry",
     "row",
     "rows",
     "scan_of",
     "schema_is_current",
     "sent_results",
+    "storable",
     "stored_results",
     "substitute_delivery",
     "try_again",

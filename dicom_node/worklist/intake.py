@@ -84,7 +84,7 @@ def receive(
     ------
     DatabaseUnavailable: nothing was entered; the sender must keep its copy.
     """
-    facts = _storable(facts)
+    facts = storable(facts)
     source_aet = _clean(source_aet)
     with writing(engine) as conn:
         lock(conn, INTAKE_LOCK)
@@ -683,7 +683,8 @@ def _clean(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 
-def _storable(facts: HeaderFacts) -> HeaderFacts:
+def storable(facts: HeaderFacts) -> HeaderFacts:
+    """The facts as the tables hold them."""
     return replace(
         facts,
         study_instance_uid=_clean(facts.study_instance_uid),

@@ -180,6 +180,18 @@ def kept_files(engine: Engine) -> tuple[KeptFile, ...]:
         )
 
 
+def patients_and_studies(engine: Engine) -> dict[int, tuple[str, str, str]]:
+    """PatientID, its issuer and StudyInstanceUID of the row of each object that may be analysed, by the object's id:
+    first versions only, for the row holds what was received first, and none of rows whose identity was forgotten."""
+    wanted = (
+        select(instance.c.id, scan.c.patient_id, scan.c.issuer_of_patient_id, scan.c.study_instance_uid)
+        .join(scan, scan.c.id == instance.c.scan_id)
+        .where(instance.c.version == 1, instance.c.candidate == 1, scan.c.forgotten_at.is_(None))
+    )
+    with reading(engine) as conn:
+        return {one[0]: (one[1], one[2], one[3]) for one in conn.execute(wanted)}
+
+
 def note_lost(engine: Engine, file: KeptFile, event: Loss) -> bool:
     """Write into a row's history that bytes it owns are gone or changed; True where this is news. A file that was
     purged in the meantime is no loss, and a loss is told once."""
