@@ -346,7 +346,7 @@ class Settings(BaseSettings):
         return ZoneInfo(self.node.timezone or _system_zone())
 
 
-OUR_CODES = tuple(f"RMN{number:03d}" for number in range(1, 8))
+OUR_CODES = tuple(f"RMN{number:03d}" for number in range(1, 9))
 
 
 def load(path: Path | None = None) -> Settings:

@@ -21,7 +21,8 @@ UPTAKE = Code("RMN004", PRIVATE_SCHEME, "Uptake in thyroid bed")
 NOT_ANALYSED_BECAUSE = Code("RMN005", PRIVATE_SCHEME, "Reason for not analysing")
 ANALYSED_REGION = Code("RMN006", PRIVATE_SCHEME, "Region analysed for residual thyroid tissue")
 ANALYSIS = Code("RMN007", PRIVATE_SCHEME, "Analysis for residual thyroid tissue by artificial intelligence")
-OURS = (RESIDUAL_TISSUE, PROBABILITY, RATIO, UPTAKE, NOT_ANALYSED_BECAUSE, ANALYSED_REGION, ANALYSIS)
+NO_RESULT = Code("RMN008", PRIVATE_SCHEME, "No result: scan not analysed for residual thyroid tissue")
+OURS = (RESIDUAL_TISSUE, PROBABILITY, RATIO, UPTAKE, NOT_ANALYSED_BECAUSE, ANALYSED_REGION, ANALYSIS, NO_RESULT)
 
 # Verdicts: CID 240 "Present-Absent".
 VERDICTS: Mapping[str, Code] = {

@@ -272,8 +272,11 @@ def _private_scheme_is_identified(case: _Case) -> Iterator[str]:
 
 def _is_a_measurement_report(case: _Case) -> Iterator[str]:
     template = case.ds.get("ContentTemplateSequence") or [Dataset()]
-    if _name(case.ds) != _key(codes.TITLE) or text_of(template[0], "TemplateIdentifier") != "1500":
-        yield "the document is not titled as TID 1500"
+    if text_of(template[0], "TemplateIdentifier") != "1500":
+        yield "the document does not name TID 1500"
+    called = structured_report.title(case.outcome, case.context)
+    if _name(case.ds) != (called.value, called.scheme_designator):
+        yield "the document's title is not that of a finding, or of a scan not analysed"
     flags = ("CompletionFlag", "COMPLETE"), ("VerificationFlag", "UNVERIFIED"), ("PreliminaryFlag", "PRELIMINARY")
     for keyword, value in flags:
         if text_of(case.ds, keyword) != value:

@@ -101,7 +101,8 @@ def _root(
     notes: tuple[str, ...],
 ) -> Dataset:
     """Return the root container of TID 1500."""
-    root = ContainerContentItem(name=codes.TITLE, template_id="1500")
+    # Separate, not continuous: each statement on a line of its own, or a viewer runs all sentences into one.
+    root = ContainerContentItem(name=title(outcome, context), template_id="1500", is_content_continuous=False)
     content = ContentSequence()
     content.extend(LanguageOfContentItemAndDescendants(CodedConcept("en-US", "RFC5646", "English (United States)")))
     content.extend(_observer(context))
@@ -119,6 +120,15 @@ def _root(
     content.append(_container(codes.QUALITATIVE_EVALUATIONS, _statements(outcome, context, notes)))
     root.ContentSequence = content
     return root
+
+
+def title(outcome: Finding | Declined, context: ReportContext) -> CodedConcept:
+    """Return the document's title: of a scan that was not analysed one that says so.
+
+    Under (126000, DCM) viewers look for measurements and show nothing, or fail, where there are none (OHIF 3.13.2);
+    under another title they show the document's text. CID 7021 may be extended (PS3.16).
+    """
+    return _chosen(codes.NO_RESULT if isinstance(outcome, Declined) else codes.TITLE, context)
 
 
 def _observer(context: ReportContext) -> ObservationContext:
@@ -295,7 +305,7 @@ def _code(name: CodedConcept | Code, value: Code) -> CodeContentItem:
 
 
 def _container(name: Code, children: Sequence[ContentItem]) -> ContainerContentItem:
-    item = ContainerContentItem(name=name, relationship_type=_CONTAINS)
+    item = ContainerContentItem(name=name, relationship_type=_CONTAINS, is_content_continuous=False)
     item.ContentSequence = ContentSequence(children)
     return item
 

@@ -178,6 +178,10 @@ _SR_FAULTS = {
     ),
     "verdict twice": (lambda ds: ds.ContentSequence.append(_verdict(ds)), "said once"),
     "no probability": (lambda ds: _remove(ds, codes.PROBABILITY), "does not stand exactly once"),
+    "title of a note": (
+        lambda ds: _set(ds, ConceptNameCodeSequence=[code_item(codes.NO_RESULT)]),
+        "the document's title is not that of a finding",
+    ),
     "no procedure": (lambda ds: _remove(ds, codes.PROCEDURE_REPORTED), "the procedure reported is missing"),
     "no tracking UID": (lambda ds: _remove(ds, codes.TRACKING_UID), "has no tracking UID"),
     "no outline": (lambda ds: _remove(ds, codes.IMAGE_REGION), "has no outline of its own"),
@@ -270,6 +274,12 @@ def test_a_note_that_could_be_read_as_negative_does_not_leave(case, fault):
     faults = check(_rewritten(made.render(), answer), made.sources, made.outcome, made.context)
     assert any(said in one for one in faults), faults
     assert any("does not say that no algorithm succeeded" in one for one in faults)
+
+
+def test_a_note_with_the_title_of_a_finding_does_not_leave(case):
+    made = case("low_counts")
+    faulty = _rewritten(made.render(), lambda ds: _set(ds, ConceptNameCodeSequence=[code_item(codes.TITLE)]))
+    assert any("title is not" in one for one in check(faulty, made.sources, made.outcome, made.context))
 
 
 def test_a_note_with_the_figures_of_a_finding_does_not_leave(case, present):
