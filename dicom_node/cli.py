@@ -33,6 +33,8 @@ worklist_app = typer.Typer(help="The worklist: one row for each scan, what becam
 db_app = typer.Typer(help="The worklist's database.", no_args_is_help=True)
 app.add_typer(worklist_app, name="worklist")
 app.add_typer(db_app, name="db")
+audit_app = typer.Typer(help="What happened, and whether the record of it is whole.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
 models_app = typer.Typer(
     help="Weights: which there are, what they may be used for, installing them.", no_args_is_help=True
 )
@@ -389,7 +391,7 @@ def db_check(
 
     settings = load(config)
     with _Database(config) as engine:
-        faults = [*worklist.check(engine), *worklist.verify_events(engine)]
+        faults = [*worklist.check(engine), *worklist.verify_history(engine)]
         if files:
             store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
             read = _with_progress(reconcile.faulty_files(engine, store), Console(stderr=True), "reading files")
@@ -455,6 +457,35 @@ def db_copy(
             target.dispose()
     typer.echo(", ".join(f"{count} {table}" for table, count in copied.items()))
     typer.echo("to use it, give its URL as [database] url in the settings")
+
+
+@audit_app.command("verify")
+def audit_verify(
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="Digest of a checkpoint from the log that must be among them.", metavar="SHA256"),
+    ] = None,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Find an event that was changed, removed or added since it was written. Exit code 1 where there is one."""
+    from dicom_node import worklist
+
+    with _Database(config) as engine:
+        faults = list(worklist.verify_history(engine))
+        made = worklist.checkpoints(engine)
+    known = {one.sha256 for one in made}
+    faults += [f"there is no checkpoint {digest}: the history is older than it" for digest in checkpoint or ()
+               if digest not in known]  # fmt: skip
+    for fault in faults:
+        if as_json:
+            _print_json({"fault": fault})
+        else:
+            typer.echo(fault)
+    if not faults and not as_json:
+        last = f"; the last of {len(made)} checkpoints covers {made[-1]}" if made else "; there is no checkpoint yet"
+        typer.echo(f"every event is as it was written{last}")
+    raise typer.Exit(ANSWER_IS_NO if faults else DONE)
 
 
 @models_app.command("list")

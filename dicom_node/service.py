@@ -300,6 +300,7 @@ def _ticks(house: House, wake: Callable[[], None]) -> "BackgroundScheduler":
         ("expired leases", observer.look, LEASE_S / 5),
         ("reconcile", lambda: _reconcile(house), 3600.0),
         ("purge", lambda: _purge(house), 3600.0),
+        ("checkpoint", lambda: _checkpoint(house), 3600.0),
         ("health", lambda: _health(house), 60.0),
     )
     for name, job, every_s in jobs:
@@ -345,6 +346,14 @@ class _LeaseObserver:
 def _reconcile(house: House) -> bool:
     """Bring spool and worklist together; True where the worker may have something to do."""
     return reconcile.reconcile(house.engine, house.spool, reconcile.rules_of(house.settings)).adopted > 0
+
+
+def _checkpoint(house: House) -> bool:
+    """Once a day, fix the ends of all histories; the log carries the digest out of the house."""
+    made = worklist.checkpoint(house.engine)
+    if made is not None:
+        _log.info("checkpoint", last_event=made.last, histories=made.histories, sha256=made.sha256)
+    return False
 
 
 def _purge(house: House) -> bool:

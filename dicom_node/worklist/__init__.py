@@ -19,7 +19,19 @@ from dicom_node.worklist.deliveries import (
 )
 from dicom_node.worklist.engine import DAMAGED, DatabaseUnavailable, WorklistFault, open_worklist
 from dicom_node.worklist.guard import Lease
-from dicom_node.worklist.history import EVENTS, Event, changes_since, events, last_event_id, record_event, verify_events
+from dicom_node.worklist.history import (
+    EVENTS,
+    Checkpoint,
+    Event,
+    changes_since,
+    checkpoint,
+    checkpoints,
+    events,
+    last_event_id,
+    record_event,
+    verify_events,
+    verify_history,
+)
 from dicom_node.worklist.identities import accept_identity, hold_identity
 from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive, storable
 from dicom_node.worklist.recalls import SentResult, recall, sent_results
@@ -68,6 +80,7 @@ __all__ = [
     "STATES",
     "TRANSITIONS",
     "VIEW_COLUMNS",
+    "Checkpoint",
     "Claim",
     "ClaimedInstance",
     "DatabaseUnavailable",
@@ -93,6 +106,8 @@ __all__ = [
     "break_lease",
     "changes_since",
     "check",
+    "checkpoint",
+    "checkpoints",
     "claim",
     "copy",
     "counts_by_state",
@@ -137,4 +152,5 @@ __all__ = [
     "try_again",
     "upgrade",
     "verify_events",
+    "verify_history",
 ]

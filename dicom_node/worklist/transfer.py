@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, Table, func, insert, inspect, select,
 from sqlalchemy.engine import make_url
 
 from dicom_node.worklist.engine import DatabaseUnavailable, WorklistFault, open_worklist, reading, writing
-from dicom_node.worklist.history import record_event, verify_events
+from dicom_node.worklist.history import record_event, verify_history
 from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.tables import metadata
 from dicom_node.worklist.upkeep import check
@@ -212,7 +212,7 @@ def _as_one_file(path: Path) -> None:
 def _refuse_unsound(path: Path) -> None:
     engine = open_worklist(f"sqlite:///{path}")
     try:
-        faults = [*check(engine), *verify_events(engine)]
+        faults = [*check(engine), *verify_history(engine)]
     finally:
         engine.dispose()
     if faults:
