@@ -329,8 +329,10 @@ def _probability_is_the_findings(case: _Case) -> Iterator[str]:
     number = _decimal(text_of(measured[0], "NumericValue"))
     if number is None or not 0 <= number <= 100:
         yield "the probability is not within 0 to 100"
-    elif abs(number - 100 * case.outcome.probability) > 0.00501:
+    elif abs(number - 100 * case.outcome.probability) > 0.0151:  # two decimals, on its side of the limits
         yield "the probability is not that of the finding"
+    elif (number in (0, 100)) != (case.outcome.probability in (0, 1)):
+        yield "the probability reads as certainty"
 
 
 def _algorithm_is_identified(case: _Case) -> Iterator[str]:

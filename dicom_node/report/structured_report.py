@@ -42,8 +42,8 @@ from dicom_node.report import codes, equipment
 from dicom_node.report.context import Predecessor, RenderError, ReportContext
 from dicom_node.report.identity import text_of
 from dicom_node.report.uids import derived_uid
-from pipeline import wording
-from pipeline.finding import Declined, Finding, SourceFrame, ViewFinding
+from pipeline import foci_wording, wording
+from pipeline.finding import Declined, Finding, FocusView, SourceFrame, ViewFinding
 from pipeline.reasons import REASONS
 
 SOP_CLASS_UID = str(Comprehensive3DSRStorage)
@@ -194,7 +194,10 @@ def _group(
         referenced_region=_region(view),
         finding_type=_chosen(found, context),
         finding_sites=[FindingSite(anatomic_location=codes.THYROID)],
-        measurements=_measurements(finding, view, context, decides=decides, outlined=outlined),
+        measurements=[
+            *_measurements(finding, view, context, decides=decides, outlined=outlined),
+            *_foci(finding, view, context, naming, decides=decides),
+        ],
         qualitative_evaluations=evaluations or None,
     )
 
@@ -227,11 +230,53 @@ def _measurements(
     return figures
 
 
+def _foci(
+    finding: Finding, view: ViewFinding, context: ReportContext, naming: tuple[object, ...], *, decides: bool
+) -> list[Measurement]:
+    """Return the foci as the view shows them: each figure under its focus's tracking identifier, with its site.
+
+    How many there are, and the uptake of those in the bed, stand once, in the group that decides.
+    """
+    figures = []
+    if decides and finding.uptake is not None:
+        figures.append(_figure(_chosen(codes.UPTAKE, context), foci_wording.uptake_figure(finding.uptake), codes.PER_CENT))
+    if decides and finding.foci is not None:
+        figures.append(_figure(_chosen(codes.FOCI, context), str(len(finding.foci)), codes.NO_UNITS))
+    for focus, seen in foci_wording.foci_in(finding, view.image.view):
+        tracking = TrackingIdentifier(
+            uid=derived_uid(context.uid_namespace, "focus", naming, str(focus.number)), identifier=f"Focus {focus.number}"
+        )
+        site = FindingSite(anatomic_location=_chosen(codes.SITES[focus.site], context))
+        for name, text, unit in focus_figures(seen):
+            figures.append(_figure(_chosen(name, context), text, unit, tracking=tracking, site=site))
+    return figures
+
+
+def focus_figures(seen: FocusView) -> tuple[tuple[Code, str, Code], ...]:
+    """Return (name, digits, unit) of what is measured of a focus in one view; no area where it does not stand out."""
+    counts = codes.FOCUS_COUNTS, f"{seen.counts:.0f}", codes.COUNTS
+    area = codes.FOCUS_AREA, f"{seen.area_mm2:.0f}", codes.SQUARE_MILLIMETRE
+    return (counts, area) if seen.seen else (counts,)
+
+
 def _figure(
-    name: Code | CodedConcept, text: str, unit: Code, algorithm: AlgorithmIdentification | None = None
+    name: Code | CodedConcept,
+    text: str,
+    unit: Code,
+    algorithm: AlgorithmIdentification | None = None,
+    *,
+    tracking: TrackingIdentifier | None = None,
+    site: FindingSite | None = None,
 ) -> Measurement:
     """Return one NUM with the digits of `text`: "2.10" as on the picture, where a number would become "2.1"."""
-    figure = Measurement(name=name, value=float(text), unit=unit, algorithm_id=algorithm)
+    figure = Measurement(
+        name=name,
+        value=float(text),
+        unit=unit,
+        algorithm_id=algorithm,
+        tracking_identifier=tracking,
+        finding_sites=[site] if site else None,
+    )
     figure[0].MeasuredValueSequence[0].NumericValue = text
     return figure
 

@@ -134,6 +134,7 @@ _SR_FAULTS = {
     "probability of 873 %": (lambda ds: _set(_probability(ds), NumericValue="873"), "not within 0 to 100"),
     "probability of 173 %": (lambda ds: _set(_probability(ds), NumericValue="173"), "not within 0 to 100"),
     "probability below 0": (lambda ds: _set(_probability(ds), NumericValue="-1"), "not within 0 to 100"),
+    "probability off by a digit": (lambda ds: _set(_probability(ds), NumericValue="87.32"), "not that of the finding"),
     "probability as a fraction": (lambda ds: _set(_probability(ds), NumericValue="0.873"), "not that of the finding"),
     "unit not UCUM": (
         lambda ds: _set(_probability(ds).MeasurementUnitsCodeSequence[0], CodingSchemeDesignator="99X"),
@@ -287,6 +288,16 @@ def test_a_note_with_the_figures_of_a_finding_does_not_leave(case, present):
     figure = _first(pydicom.dcmread(BytesIO(present[1].data)), codes.PROBABILITY)
     faulty = _rewritten(note.render(), lambda ds: ds.ContentSequence.append(figure))
     assert any("carries a probability" in one for one in check(faulty, note.sources, note.outcome, note.context))
+
+
+@pytest.mark.parametrize(("probability", "written"), [(0.999999, "100.00"), (0.999999, "100")])
+def test_a_probability_that_reads_as_certainty_does_not_leave(case, probability, written):
+    made = case("present")
+    made = replace(made, outcome=replace(made.outcome, probability=probability))
+    assert check(made.render(), made.sources, made.outcome, made.context) == ()
+    assert _probability(made.read()).NumericValue == "99.99"
+    faulty = _rewritten(made.render(), lambda ds: _set(_probability(ds), NumericValue=written))
+    assert any("reads as certainty" in one for one in check(faulty, made.sources, made.outcome, made.context))
 
 
 def test_a_result_is_held_against_its_own_outcome(case, present):

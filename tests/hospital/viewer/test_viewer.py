@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dicom_node import offline
 from dicom_node.settings import Settings
+from pipeline import wording
 from pipeline.analyse import load_model
 from pipeline.camera import examination, expose
 from pipeline.phantom import phantom
@@ -78,7 +79,8 @@ def test_ohif_shows_scan_picture_and_probability_and_tells_present_from_absent(
         nm = _viewport(browser, tmp_path / f"{finding}-nm.png")
         _open(browser, "OT", "Remnant I-131 neck AI result")
         seen[finding] = _viewport(browser, tmp_path / f"{finding}-sc.png")
-        _open(browser, "SR", f"{_LABEL}{100 * probability:.2f} %")
+        _open(browser, "SR", f"{_LABEL}{wording.percent(probability)} %")
+        assert not re.search(r"\b(100|0)(\.0+)? %", browser.text())
         report = _viewport(browser, tmp_path / f"{finding}-sr.png")
         for what, pixels in (("NM", nm), ("SC", seen[finding]), ("SR", report)):
             assert (pixels.max(axis=2) > 100).sum() > 200, f"{what} of {finding} is black"
