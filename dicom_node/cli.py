@@ -8,7 +8,8 @@ Exit codes: 0 done; 1 it ran and the answer is no (declined, unhealthy); 2 wrong
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,6 +159,129 @@ def analyse(
     if not judged and not unjudged:
         errors.print("No iodine-131 neck scan was found in these files.", highlight=False)
     raise typer.Exit(DONE if judged and not unjudged else ANSWER_IS_NO)
+
+
+CohortFolder = Annotated[
+    Path, typer.Option("--cohort", help="Folder of DICOM objects, read recursively.", metavar="DIR")
+]
+Labels = Annotated[
+    Path,
+    typer.Option(help="CSV: label (residual, clean) and StudyInstanceUID or SOPInstanceUID.", metavar="CSV"),
+]
+
+
+@app.command()
+def train(
+    cohort: CohortFolder,
+    labels: Labels,
+    out: Annotated[Path, typer.Option(help="Folder for record, report and runs.", metavar="DIR")],
+    name: Annotated[str, typer.Option(help="Name of the weights record that is made.")] = "site-weights",
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="Networks; the first one makes the record. Default: the paper's three.", metavar="NAME"),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Start: none, imagenet, or a path (.json, .safetensors, .pth); NETWORK=START for one network.",
+            metavar="START",
+        ),
+    ] = None,
+    weights_folder: Annotated[
+        Path | None, typer.Option(help="Where torchvision's official files lie, for imagenet.", metavar="DIR")
+    ] = None,
+    groupings: Annotated[
+        int, typer.Option(help="Random 3:1 groupings of the protocol; 0: only the record.", min=0)
+    ] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of each training.", min=1)] = 80,
+    batch_size: Annotated[int, typer.Option(help="Network inputs in a batch.", min=2)] = 16,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Default 1e-5, the paper's; 1e-3 from random numbers.", min=1e-8, max=1.0)
+    ] = None,
+    head_only: Annotated[bool, typer.Option("--head-only", help="Train the new head alone.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of groupings and trainings.", min=0)] = 131,
+    sensitivity: Annotated[
+        float, typer.Option(help="Share of residual scans that the operating point must call.", min=0.5, max=1.0)
+    ] = 0.95,
+    undetermined: Annotated[
+        float, typer.Option(help="Share of scans the undetermined band may hold; 0: no band.", min=0.0, max=0.2)
+    ] = 0.02,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Fine-tune on your own labelled scans: a weights record for research, and the paper's protocol with its report.
+
+    Patients are divided, never images. Run again, it goes on where it was interrupted.
+    """
+    from dicom_node import training
+    from pipeline.hospital_training import TrainingPlan
+    from pipeline.protocol import PAPER_NETWORKS, ProtocolSettings
+
+    settings = load(config)
+    how = ProtocolSettings(
+        architectures=tuple(dict.fromkeys(network or PAPER_NETWORKS)),
+        groupings=groupings,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        frozen=head_only,
+        seed=seed,
+    )
+    plan = TrainingPlan(name, sensitivity, undetermined, settings.analysis.preprocessing)
+    errors = Console(stderr=True)
+
+    def say(line: str) -> None:
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with _bar(errors) as tell:
+        made = training.train(
+            _cohort_place(settings, cohort, labels, out),
+            how,
+            plan,
+            weights or (),
+            folder=weights_folder,
+            tell=tell,
+            say=say,
+        )
+    _print_made(made, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    cohort: CohortFolder,
+    labels: Labels,
+    out: Annotated[Path, typer.Option(help="Folder for report, scores and exclusions.", metavar="DIR")],
+    weights: Annotated[
+        str | None, typer.Option(help="Name or record; default: those of the settings.", metavar="NAME")
+    ] = None,
+    protocol: Annotated[
+        Path | None,
+        typer.Option(help="Folder `protocol` of a training, to be reported as well.", metavar="DIR"),
+    ] = None,
+    criteria: Annotated[
+        Path | None,
+        typer.Option("--accept", help="TOML of criteria; makes acceptance.json, and exit code 1 if one fails."),
+    ] = None,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Measure weights on your own labelled scans: every figure, stratum and curve, as HTML and PDF.
+
+    Exit code 1: a criterion of --accept does not hold.
+    """
+    from dicom_node import training
+
+    settings = load(config)
+    with _bar(Console(stderr=True)) as tell:
+        made = training.evaluate(
+            _cohort_place(settings, cohort, labels, out),
+            _weights_source(settings, weights) if weights else settings.weights,
+            protocol=protocol,
+            criteria=criteria,
+            tell=tell,
+        )
+    _print_made(made, as_json=as_json)
+    raise typer.Exit(ANSWER_IS_NO if made.acceptance is not None and not made.acceptance.passed else DONE)
 
 
 @app.command()
@@ -585,6 +709,86 @@ def models_install(
         raise typer.Exit(ANSWER_IS_NO) from error
     typer.echo(f"installed {record.name} ({record.release}) in {place.record_path.parent}")
     typer.echo(f'to use it: [model] weights = "{record.name}" in the settings, then start the node again')
+
+
+@models_app.command("accept")
+def models_accept(
+    record: Annotated[Path, typer.Argument(help="The record's .json file, its tensors beside it.", metavar="RECORD")],
+    report: Annotated[Path, typer.Option(help="acceptance.json of `remnant evaluate --accept`.", metavar="FILE")],
+    signed_by: Annotated[str, typer.Option(help="Who answers for it: a name.")],
+    camera: Annotated[str, typer.Option(help="The camera it is accepted for.")],
+    name: Annotated[str, typer.Option(help="Name of the accepted weights; another than before.")],
+    out: Annotated[Path, typer.Option(help="Folder for the accepted record.", metavar="DIR")],
+    config: Config = None,
+) -> None:
+    """Make a record of release "local" from weights whose evaluation met every criterion, signed by name.
+
+    Refused: other weights or preprocessing than were evaluated, a criterion that does not hold, simulated scans.
+    """
+    from dicom_node import training
+    from pipeline.acceptance import AcceptanceError
+
+    load(config)
+    try:
+        path = training.accept(record, report, signed_by=signed_by, camera=camera, name=name, out=out)
+    except AcceptanceError as error:
+        typer.echo(f"remnant: not accepted: {error}", err=True)
+        raise typer.Exit(ANSWER_IS_NO) from error
+    typer.echo(f"accepted as {name} in {path}")
+    typer.echo(f"to install it: remnant models install {path}")
+
+
+def _cohort_place(settings: Settings, cohort: Path, labels: Path, out: Path) -> Any:
+    from dicom_node.training import CohortPlace
+
+    analysis = settings.analysis
+    return CohortPlace(cohort, labels, out, analysis.pair_window_s, analysis.require_views)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for what a long command tells; on a terminal only."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def tell(what: str, done: int, whole: int) -> None:
+            bar.update(task, description=what, completed=done, total=whole)
+
+        yield tell
+
+
+def _print_made(made: Any, *, as_json: bool) -> None:
+    from dicom_node import training
+
+    for one in made.excluded:
+        if as_json:
+            _print_json({"kind": "excluded"} | dict(training.excluded_as_json(one)))
+        else:
+            typer.echo(f"left out  {one.what}: {one.detail} ({one.reason})")
+    figures = training.figures_as_json(made.figures)
+    if as_json:
+        for one in made.scored:
+            _print_json({"kind": "scan"} | training.scored_as_json(one))
+        _print_json({"kind": "figures"} | figures)
+        record = None if made.trained is None else str(made.trained.record_path)
+        passed = None if made.acceptance is None else made.acceptance.passed
+        _print_json({"kind": "made", "report": str(made.report), "record": record, "accepted": passed})
+        return
+    for name in ("scans", "accuracy", "sensitivity", "specificity", "auc", "undetermined", "declined"):
+        value, low, high = figures[name], figures.get(f"{name}_low"), figures.get(f"{name}_high")
+        told = "not defined" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        typer.echo(f"{name:<14}{told}" + ("" if low is None else f"  (95 % {low:.4f} to {high:.4f})"))
+    if made.acceptance is not None:
+        for one in made.acceptance.criteria:
+            limit = f"{'at least' if one.least else 'at most'} {one.limit:g}"
+            found = "not defined" if one.found is None else f"{one.found:.4f}"
+            typer.echo(f"{'pass' if one.passed else 'FAIL'}  {one.name}: {found}, {limit}")
+    if made.trained is not None:
+        typer.echo(f"wrote {made.trained.record_path}; to use it: remnant models install {made.trained.record_path}")
+    typer.echo(f"wrote {made.report} and report.pdf beside it")
 
 
 def _weights_source(settings: Settings, name: str) -> str:
