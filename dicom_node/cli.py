@@ -36,6 +36,8 @@ app.add_typer(worklist_app, name="worklist")
 app.add_typer(db_app, name="db")
 audit_app = typer.Typer(help="What happened, and whether the record of it is whole.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+quarantine_app = typer.Typer(help="Objects that are kept and not used until a person looks.", no_args_is_help=True)
+app.add_typer(quarantine_app, name="quarantine")
 models_app = typer.Typer(
     help="Weights: which there are, what they may be used for, installing them.", no_args_is_help=True
 )
@@ -48,6 +50,7 @@ Config = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines for a machine to read.")]
 RowId = Annotated[int, typer.Argument(help="The row's id, as `remnant worklist list` shows it.", metavar="ID")]
 Weights = Annotated[str, typer.Argument(help="A name, as `remnant models list` shows it, or a path.", metavar="NAME")]
+Quarantined = Annotated[str, typer.Argument(help="The id that `remnant quarantine list` shows.", metavar="ID")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 
@@ -610,6 +613,78 @@ def audit_verify(
         last = f"; the last of {len(made)} checkpoints covers {made[-1]}" if made else "; there is no checkpoint yet"
         typer.echo(f"every event is as it was written{last}")
     raise typer.Exit(ANSWER_IS_NO if faults else DONE)
+
+
+@quarantine_app.command("list")
+def quarantine_list(as_json: AsJson = False, config: Config = None) -> None:
+    """Show what is kept and not used, and why; without patient identity."""
+    from dicom_node import quarantine, spool
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        found = [quarantine.shown(one, identity=False) for one in quarantine.held(engine, store)]
+    if as_json:
+        for one in found:
+            _print_json(one)
+        return
+    names = ("id", "why", "scan_id", "sop_instance_uid", "source_aet", "received_at", "size_bytes")
+    table = Table(*names)
+    for one in found:
+        table.add_row(*(_shown(name, one.get(name)) for name in names))
+    Console().print(table)
+
+
+@quarantine_app.command("show")
+def quarantine_show(
+    which: Quarantined,
+    identity: Annotated[bool, typer.Option("--identity", help="Patient and order too.")] = False,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Show one object: where its file is, why it is here, and what its header says."""
+    from dicom_node import quarantine, spool
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        told = quarantine.shown(quarantine.one_held(engine, store, which), identity=identity)
+    if as_json:
+        _print_json(told)
+    else:
+        _print_pairs(Console(), told)
+
+
+@quarantine_app.command("release")
+def quarantine_release(which: Quarantined, config: Config = None) -> None:
+    """Put an object to work: it takes the place of the one whose UID it has, as a new revision."""
+    from dicom_node import quarantine, spool
+    from dicom_node.wake import Bell
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        receipt = quarantine.release(engine, store, settings, which)
+    Bell(store.run / "worker.bell").ring()
+    typer.echo(f"released into row {receipt.scan_id}, which is {receipt.state}")
+
+
+@quarantine_app.command("discard")
+def quarantine_discard(
+    which: Quarantined,
+    reason: Annotated[str, typer.Option(help="Why; no patient data, it stays in the history for ever.")],
+    config: Config = None,
+) -> None:
+    """Remove the bytes of an object for good; the history keeps its digest and the reason."""
+    from dicom_node import quarantine, spool
+
+    if not reason.strip():
+        raise WrongUse("--reason: say why, in a few words.")
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        quarantine.discard(engine, store, which, reason.strip())
+    typer.echo("discarded")
 
 
 @models_app.command("list")

@@ -33,7 +33,16 @@ from dicom_node.worklist.history import (
     verify_history,
 )
 from dicom_node.worklist.identities import accept_identity, hold_identity
-from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive, storable
+from dicom_node.worklist.intake import (
+    IntakeRules,
+    Receipt,
+    Stored,
+    discard_version,
+    expire_views,
+    receive,
+    release_version,
+    storable,
+)
 from dicom_node.worklist.recalls import SentResult, recall, sent_results
 from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
@@ -52,7 +61,7 @@ from dicom_node.worklist.upkeep import (
     patients_and_studies,
     purgeable,
 )
-from dicom_node.worklist.view import counts_by_state, details, row, rows, scan_of
+from dicom_node.worklist.view import counts_by_state, details, quarantined, row, rows, scan_of
 from dicom_node.worklist.work import (
     Claim,
     ClaimedInstance,
@@ -113,6 +122,7 @@ __all__ = [
     "counts_by_state",
     "damage",
     "details",
+    "discard_version",
     "due_deliveries",
     "events",
     "expire_views",
@@ -133,12 +143,14 @@ __all__ = [
     "patients_and_studies",
     "pending_versions",
     "purgeable",
+    "quarantined",
     "recall",
     "receive",
     "record_delivery",
     "record_event",
     "release_deliveries",
     "release_owner",
+    "release_version",
     "restore",
     "retry",
     "row",

@@ -14,7 +14,7 @@ from dicom_node.worklist import history
 from dicom_node.worklist.clock import now, read_clock, seconds_between
 from dicom_node.worklist.engine import reading, writing
 from dicom_node.worklist.schema import schema_is_current
-from dicom_node.worklist.states import REST
+from dicom_node.worklist.states import QUARANTINED, REST
 from dicom_node.worklist.tables import identity, instance, result, scan
 
 NOT_OURS_DAYS = 2
@@ -91,7 +91,7 @@ def _files(conn: Connection, row: RowMapping, retention_days: float) -> list[tup
     for one in conn.execute(
         select(instance).where(instance.c.scan_id == row["id"], instance.c.purged_at.is_(None)).order_by(instance.c.id)
     ).mappings():
-        quarantined = one["verdict"] in {"pending", "identity_changed", "other_pixels"}
+        quarantined = one["verdict"] in QUARANTINED
         file = PurgeableFile("instance", one["id"], row["id"], one["spool_name"], one["sha256"])
         found.append((file, max(DISPUTED_DAYS, keep_days) if quarantined else keep_days))
     found += [
