@@ -35,7 +35,7 @@ format: $(VENV)/.dev   ## Let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-peers:           ## Install the programs the tests talk to (DCMTK, Orthanc, PostgreSQL, sqlite3); needs root
+peers:           ## Install what the tests talk to (DCMTK, Orthanc with DICOMweb, PostgreSQL, sqlite3, Chromium, OHIF by npm); needs root
 	@tests/install-peers
 
 # torch has to come by plain pip and its exact pin (see CONTRIBUTING.md).
