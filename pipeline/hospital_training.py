@@ -84,7 +84,7 @@ class Trained:
 
 
 def prepare_cohort(cohort: HospitalCohort, preprocessing: str, *, tell: Tell | None = None) -> Prepared:
-    """Read and prepare every scan of a cohort. Raises nothing for a scan; `ValueError` where none is left."""
+    """Read and prepare every scan of a cohort. Raises nothing for a scan; `CohortError` where none is left."""
     kept: list[LabelledScan] = []
     planes, spacing, counts, excluded = [], [], [], []
     for done, scan in enumerate(cohort.scans, start=1):
@@ -101,7 +101,7 @@ def prepare_cohort(cohort: HospitalCohort, preprocessing: str, *, tell: Tell | N
         if tell is not None:
             tell("preparing scans", done, len(cohort.scans))
     if not kept:
-        raise ValueError("no scan of this cohort can be trained on; the list of excluded ones says why")
+        raise CohortError("no scan of this cohort can be trained on; the list of excluded ones says why")
     synthetic = sum(scan.synthetic for scan in kept)
     patients = tuple(scan.patient for scan in kept)
     data = ProtocolData(
@@ -147,7 +147,7 @@ def train_record(
     everyone = np.arange(len(data.labels))
     learn, test = _divided(data, everyone, settings)
     learn, choose = _divided(data, learn, dataclasses.replace(settings, seed=settings.seed + 1))
-    how = training_settings(settings, architecture, start, data.planes.shape[-1], seed=settings.seed)
+    how = training_settings(settings, architecture, start, data, seed=settings.seed)
     inputs = data.planes.shape[1]
 
     def after_epoch(report: EpochReport, _: object) -> None:
@@ -314,7 +314,7 @@ def _record(
         architecture=architecture,
         preprocessing=plan.preprocessing,
         preprocessing_version=PREPROCESSING_VERSION,
-        input=weights.InputFormat(prepared.data.planes.shape[-1], settings.mean, settings.std),
+        input=weights.InputFormat(prepared.data.planes.shape[-1], prepared.data.mean, prepared.data.std),
         threshold=0.5,
         operating_point="not chosen yet",
         undetermined_band=None,

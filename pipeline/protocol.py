@@ -45,7 +45,7 @@ class ProtocolData:
 
     `planes`: (P, K, 3, S, S), as `models.train.train` takes images; `labels`: (P,), 1 with residual tissue;
     `patients`: (P,), whose scan it is, any names; `description`: which scans these are, in words; `synthetic`: whether
-    any of them is simulated.
+    any of them is simulated; `scale`, `mean`, `std`: each channel is standardized as (value / scale - mean) / std.
     """
 
     planes: NDArray[Any]
@@ -53,6 +53,9 @@ class ProtocolData:
     patients: tuple[str, ...]
     description: str
     synthetic: bool
+    scale: float = 255.0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,6 @@ class ProtocolSettings:
     shift: int = 0
     seed: int = 131
     curve_every: int = 1
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def rate_for(self, start: InitialWeights) -> float:
         if self.learning_rate is not None:
@@ -316,12 +317,15 @@ def _run(
     inputs = data.planes.shape[1]
     images, labels = _images(data, training)
     test_images, test_labels = _images(data, testing)
-    how = training_settings(settings, architecture, start, data.planes.shape[-1], seed=settings.seed + number)
+    how = training_settings(settings, architecture, start, data, seed=settings.seed + number)
     curve: list[CurvePoint] = []
+    devices: set[str] = set()
 
     def after_epoch(report: EpochReport, network: torch.nn.Module) -> None:
+        device = next(network.parameters()).device
+        devices.add(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU")
         if report.epoch % settings.curve_every == 0 or report.epoch == report.epochs:
-            seen, unseen = logits(network, images, how, bfloat16=True), logits(network, test_images, how, bfloat16=True)
+            seen, unseen = logits(network, images, how), logits(network, test_images, how)
             curve.append(
                 CurvePoint(report.epoch, *_loss_and_accuracy(seen, labels), *_loss_and_accuracy(unseen, test_labels))
             )
@@ -345,24 +349,36 @@ def _run(
         logits=tuple(tuple(float(value) for value in row) for row in found),
         curve=tuple(curve),
         seconds=round(seconds, 1),
-        device=torch.cuda.get_device_name() if next(network.parameters()).is_cuda else "CPU",
+        device=", ".join(sorted(devices)),
     )
 
 
 def training_settings(
-    settings: ProtocolSettings, architecture: str, start: InitialWeights, edge: int, *, seed: int
+    settings: ProtocolSettings, architecture: str, start: InitialWeights, data: ProtocolData, *, seed: int
 ) -> TrainingSettings:
-    """How `models.train` is to train one network of the experiment."""
+    """How `models.train` is to train one network of the experiment; its learning rate stays constant, as in the paper.
+
+    Raises `ProtocolError` for what `models.train` of this version cannot do.
+    """
+    asked: dict[str, Any] = {
+        "schedule": "constant",
+        "frozen": "backbone" if settings.frozen else "none",
+        "scale": data.scale,
+    }
+    known = {field.name for field in dataclasses.fields(TrainingSettings)}
+    if ("frozen" not in known and settings.frozen) or ("scale" not in known and data.scale != 255):
+        raise ProtocolError("models.train of this version trains whole networks on pictures of 8 bits only")
     return TrainingSettings(
         architecture=architecture,
-        stages=((settings.epochs, edge),),
+        stages=((settings.epochs, data.planes.shape[-1]),),
         batch_size=settings.batch_size,
         learning_rate=settings.rate_for(start),
         seed=seed,
         flip=settings.flip,
         shift=settings.shift,
-        mean=settings.mean,
-        std=settings.std,
+        mean=data.mean,
+        std=data.std,
+        **{name: value for name, value in asked.items() if name in known},
     )
 
 
@@ -387,8 +403,6 @@ def _check(data: ProtocolData, settings: ProtocolSettings, starts: Mapping[str, 
         raise ProtocolError(f"planes of shape {shape}; needed are (scans, inputs, 3, edge, edge), one label a scan")
     if len(data.patients) != len(data.labels):
         raise ProtocolError("every scan needs a patient")
-    if settings.frozen:
-        raise ProtocolError("models.train trains whole networks only; leave the head-only setting off")
     if lacking := [name for name in settings.architectures if name not in starts]:
         raise ProtocolError(f"nothing says what {', '.join(lacking)} starts from")
     if not settings.architectures or settings.epochs < 1 or settings.curve_every < 1:
@@ -400,7 +414,11 @@ def _fingerprint(data: ProtocolData, settings: ProtocolSettings, architecture: s
     digest = hashlib.sha256()
     facts = dataclasses.asdict(settings) | {"architectures": architecture, "groupings": None}
     facts["learning_rate"] = settings.rate_for(start)
-    digest.update(json.dumps([facts, data.planes.shape, str(data.planes.dtype), data.patients]).encode())
+    digest.update(
+        json.dumps(
+            [facts, data.planes.shape, str(data.planes.dtype), data.patients, data.scale, data.mean, data.std]
+        ).encode()
+    )
     digest.update(np.ascontiguousarray(data.labels).tobytes())
     for scan in data.planes:
         digest.update(np.ascontiguousarray(scan).tobytes())
