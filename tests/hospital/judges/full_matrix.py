@@ -21,9 +21,11 @@ _JARS = tuple(Path("/usr/share/java") / name for name in ("pixelmed.jar", "xalan
 # Its Java's own XSLT processor does not run PixelMed's style sheets.
 _FACTORY = "-Djavax.xml.transform.TransformerFactory=org.apache.xalan.processor.TransformerFactoryImpl"
 _FALSE_ALARMS = (
-    # PS3.16 has both: Algorithm Manufacturer in TID 4019, qualitative evaluations in TID 1410.
+    # PS3.16 has both: Algorithm Manufacturer in TID 4019, qualitative evaluations in TID 1410. The third extends TID
+    # 300, which may be extended: which focus a figure is of.
     '(122405,DCM,"Algorithm Manufacturer"): Content Item not in template',
     '(RMN001,99REMNANT,"Residual thyroid tissue after thyroidectomy"): Content Item not in template',
+    '(RMN012,99REMNANT,"Focus of uptake"): Content Item not in template',
 )
 
 
