@@ -52,6 +52,13 @@ def build(architecture: str) -> nn.Module:
     return make()
 
 
+def head(architecture: str, network: nn.Module) -> nn.Module:
+    """The last layer, which tells the classes; everything before it is the backbone."""
+    if architecture == "squeezenet1_1":
+        return network.get_submodule("classifier")
+    return network.get_submodule("fc")
+
+
 def logits_and_evidence(
     architecture: str, network: nn.Module, images: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
