@@ -4,15 +4,13 @@ Every link is checked against the bytes and the history as they are now, not rep
 missing result or an edited history shows.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydicom.filereader import read_file_meta_info
 from sqlalchemy import Engine
 
-from dicom_node import worklist
+from dicom_node import spool, worklist
 from dicom_node.spool import Spool
 
 
@@ -53,31 +51,25 @@ def prove(engine: Engine, store: Spool, scan_id: int) -> list[Link]:
 
 def _received(store: Spool, instance: dict[str, object]) -> Link:
     path = store.objects / str(instance["spool_name"])
-    return _kept(f"received {instance['sop_instance_uid']}", instance, path, _dataset)
+    return _kept(f"received {instance['sop_instance_uid']}", instance, path, spool.dataset_digest)
 
 
 def _rendered(store: Spool, result: dict[str, object]) -> Link:
     path = store.results / str(result["file_name"])
-    return _kept(f"result {result['kind']} {result['sop_instance_uid']}", result, path, Path.read_bytes)
+    return _kept(f"result {result['kind']} {result['sop_instance_uid']}", result, path, spool.file_digest)
 
 
-def _kept(what: str, item: dict[str, object], path: Path, content: Callable[[Path], bytes]) -> Link:
+def _kept(what: str, item: dict[str, object], path: Path, digest: Callable[[Path], str | None]) -> Link:
     """Compare the bytes on the disk with the digest in the worklist."""
     if item["purged_at"]:
         return Link(what, True, f"sha256 {item['sha256']}, bytes purged {item['purged_at']}")
     if not path.is_file():
         return Link(what, False, f"the file {path} is missing")
-    found = hashlib.sha256(content(path)).hexdigest()
+    found = digest(path)
+    if found is None:
+        return Link(what, False, f"the file {path} cannot be read")
     return Link(what, found == item["sha256"], f"sha256 {found}" + _against(found, item["sha256"]))
 
 
 def _against(found: str, recorded: object) -> str:
     return "" if found == recorded else f", but the worklist says {recorded}"
-
-
-def _dataset(path: Path) -> bytes:
-    """Return the dataset of a Part 10 file as it was received: what follows the file meta information (PS3.10 7.1)."""
-    data = path.read_bytes()
-    # Preamble 128, prefix 4, then (0002,0000) with its own 8 + 4 bytes says how long the rest of the group is.
-    length = int(read_file_meta_info(path).FileMetaInformationGroupLength)
-    return data[128 + 4 + 12 + length :]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sqlalchemy import Engine
 
-from dicom_node import log, spool, worklist
+from dicom_node import log, reconcile, spool, worklist
 from dicom_node.errors import RemnantError, SettingsError
 from dicom_node.settings import Settings
 from dicom_node.spool import Spool
@@ -69,6 +69,13 @@ def open_house(settings: Settings) -> House:
     return House(settings=settings, engine=engine, spool=store)
 
 
+def refuse_damage(engine: Engine) -> None:
+    """Refuse to work on a damaged database: what it says about a patient could be anybody's. Raises RemnantError."""
+    faults = worklist.damage(engine)
+    if faults:
+        raise RemnantError(f"The worklist's database is damaged: {' '.join(faults[0].split())}.", hint=worklist.DAMAGED)
+
+
 def check_release(settings: Settings, record: "WeightsRecord") -> None:
     """Refuse to send results of demonstration weights to a real archive. Raises SettingsError, one sentence."""
     if record.release != "demonstration":
@@ -103,7 +110,7 @@ def run_receiver(settings: Settings, *, supervised: bool) -> None:
     from dicom_node.wake import Bell
 
     with _role("receive", settings, supervised=supervised) as (house, stop):
-        spool.clear_unfinished(house.spool.incoming)
+        _clear_unfinished(house, house.spool.incoming)
         receiver = Receiver(settings, house.engine, house.spool, Bell(house.spool.run / "worker.bell"))
         host, port = receiver.start()
         _announce(house.spool, "receive", host=host, port=port)
@@ -117,7 +124,7 @@ def run_worker(settings: Settings, *, supervised: bool) -> None:
 
     check_release(settings, load_record(settings))
     with _role("work", settings, supervised=supervised) as (house, stop):
-        spool.clear_unfinished(house.spool.rendering)
+        _clear_unfinished(house, house.spool.rendering)
         worker = Worker(settings, house.engine, house.spool, owner=_owner("work", settings), boot=secrets.token_hex(8))
         ticks = _ticks(house, worker.wake)
         ticks.start()
@@ -126,6 +133,14 @@ def run_worker(settings: Settings, *, supervised: bool) -> None:
         finally:
             ticks.shutdown(wait=False)
             worker.close()
+
+
+def _clear_unfinished(house: House, folder: Path) -> None:
+    """Remove what our predecessor left half written: nobody had an answer for it."""
+    count = spool.clear_unfinished(folder)
+    if count:
+        worklist.record_event(house.engine, "node", f"removed {count} half written files of an ended process")
+        _log.warning("unfinished_removed", count=count, where=folder.name)
 
 
 def run_sender(settings: Settings, *, supervised: bool) -> None:
@@ -145,7 +160,9 @@ RUN: dict[Role, Callable[..., None]] = {"receive": run_receiver, "work": run_wor
 def serve(settings: Settings, config: Path | None) -> None:
     """Run the node: all three roles as processes, each started again when it ends, until a signal."""
     check_release(settings, load_record(settings))
-    open_house(settings)  # once, so that three roles do not race to upgrade the schema, and faults show here
+    house = open_house(settings)  # once, so that three roles do not race to upgrade the schema, and faults show here
+    refuse_damage(house.engine)
+    house.engine.dispose()
     stop = threading.Event()
     _stop_on_signals(stop)
     watchers = [
@@ -197,6 +214,8 @@ def _role(role: Role, settings: Settings, *, supervised: bool) -> Iterator[tuple
     if supervised:
         threading.Thread(target=_stop_with_supervisor, args=(stop,), name="supervisor", daemon=True).start()
     house = open_house(settings)
+    if not supervised:
+        refuse_damage(house.engine)
     with _lock(house.spool.run / f"{role}.lock", wait_s=_LOCK_WAIT_S, what=f"the role {role} of this storage folder"):
         yield house, stop
         (house.spool.run / f"{role}.json").unlink(missing_ok=True)
@@ -268,11 +287,14 @@ def _ticks(house: House, wake: Callable[[], None]) -> "BackgroundScheduler":
     jobs: tuple[tuple[str, Callable[[], bool], float], ...] = (
         ("views timeout", lambda: bool(worklist.expire_views(house.engine)), 1.0),
         ("expired leases", observer.look, LEASE_S / 5),
+        ("reconcile", lambda: _reconcile(house), 3600.0),
         ("purge", lambda: _purge(house), 3600.0),
         ("health", lambda: _health(house), 60.0),
     )
     for name, job, every_s in jobs:
         scheduler.add_job(_tick, "interval", (name, job, wake), seconds=every_s, id=name)
+    # At once as well: after a kill or an old backup, objects may wait in the spool that the worklist does not know.
+    scheduler.add_job(_tick, args=("start", lambda: _reconcile(house), wake), id="start")
     return scheduler
 
 
@@ -307,6 +329,11 @@ class _LeaseObserver:
                 broken = True
         self._seen = seen
         return broken
+
+
+def _reconcile(house: House) -> bool:
+    """Bring spool and worklist together; True where the worker may have something to do."""
+    return reconcile.reconcile(house.engine, house.spool, reconcile.rules_of(house.settings)).adopted > 0
 
 
 def _purge(house: House) -> bool:

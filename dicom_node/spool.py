@@ -8,11 +8,15 @@ same bytes sent twice are one file. A file an object (not a segment): an admin c
 
 Files are DICOM Part 10 (PS3.10 7.1). The digest of a received object is that of its dataset exactly as it was sent,
 without our file meta information, so that it does not change with our version.
+`quarantine` holds files that no row owns and that cannot be entered again; see `reconcile` and `quarantine`.
 """
 
 import hashlib
 import os
+import re
 import shutil
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +30,26 @@ class Spool:
     incoming: Path
     rendering: Path
     objects: Path
+    quarantine: Path
     results: Path
     run: Path
     min_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file on a shelf: its name as the worklist knows it, its size, and when it came (seconds since 1970)."""
+
+    name: str
+    size_bytes: int
+    modified_s: float
+
+
+_NAME = re.compile(r"[0-9a-f]{64}\.dcm")
+
+# Preamble 128, prefix "DICM", then (0002,0000) UL of 4 bytes: the length of the rest of the group (PS3.10 7.1).
+_META_START = 128
+_META = struct.Struct("<4sHH2sHI")
 
 
 def open_spool(directory: Path, min_free: int) -> Spool:
@@ -37,6 +58,7 @@ def open_spool(directory: Path, min_free: int) -> Spool:
         incoming=directory / "spool" / "incoming",
         rendering=directory / "results" / "rendering",
         objects=directory / "spool" / "objects",
+        quarantine=directory / "spool" / "quarantine",
         results=directory / "results",
         run=directory / "run",
         min_free=min_free,
@@ -46,7 +68,7 @@ def open_spool(directory: Path, min_free: int) -> Spool:
         # Each by itself: `parents` would give what lies between the umask's mode.
         for folder in (directory, spool.objects.parent, spool.results, spool.run):
             folder.mkdir(mode=0o700, exist_ok=True)
-        for folder in (spool.incoming, spool.rendering, spool.objects):
+        for folder in (spool.incoming, spool.rendering, spool.objects, spool.quarantine):
             folder.mkdir(mode=0o700, exist_ok=True)
         for shelf in (spool.objects, spool.results):
             # All shelves now, so that storing an object never has to make one durable.
@@ -134,6 +156,93 @@ def _put(folder: Path, path: Path, *parts: bytes) -> None:
             hint="Check the disk of [storage] directory.",
             retry=True,
         ) from error
+
+
+def shelved(shelf: Path) -> Iterator[StoredFile]:
+    """Every file under a name of ours on `objects` or `results`; what else lies there is not ours and is left alone."""
+    for number in range(256):
+        with os.scandir(shelf / f"{number:02x}") as entries:
+            for entry in entries:
+                if _NAME.fullmatch(entry.name) and entry.name.startswith(f"{number:02x}"):
+                    facts = entry.stat(follow_symlinks=False)
+                    yield StoredFile(f"{number:02x}/{entry.name}", facts.st_size, facts.st_mtime)
+
+
+def dataset_digest(path: Path) -> str | None:
+    """SHA-256 of the dataset of a received object as it lies on the disk; None where the file is gone, cannot be read,
+    or is no Part 10 file. Reads in pieces: a multi-frame object need not fit into memory."""
+    try:
+        with path.open("rb") as file:
+            start = _dataset_start(file.read(_META_START + _META.size))
+            if start is None:
+                return None
+            file.seek(start)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a whole file, as results are named; None where it is gone or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def dataset_header(path: Path, limit: int) -> tuple[bytes, int]:
+    """The first `limit` bytes of the dataset of a received object, and the size of the whole dataset in bytes.
+
+    Raises
+    ------
+    StorageError: the file is gone, cannot be read, or is no Part 10 file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = _dataset_start(file.read(_META_START + _META.size))
+            if start is not None:
+                file.seek(start)
+                return file.read(limit), os.fstat(file.fileno()).st_size - start
+    except OSError as error:
+        raise StorageError(f"The object {path.stem} cannot be read: {error.strerror or error}.") from error
+    raise StorageError(f"The object {path.stem} is no DICOM file of ours any more.")
+
+
+def _dataset_start(head: bytes) -> int | None:
+    """Where the dataset begins in a Part 10 file of which these are the first 144 bytes; None for another."""
+    if len(head) < _META_START + _META.size:
+        return None
+    prefix, group, element, vr, length, rest = _META.unpack_from(head, _META_START)
+    if (prefix, group, element, vr, length) != (b"DICM", 2, 0, b"UL", 4):
+        return None
+    return _META_START + _META.size + int(rest)
+
+
+def set_apart(spool: Spool, name: str) -> Path:
+    """Move an object that cannot be entered into the worklist from its shelf to the quarantine; return where it is."""
+    return _move(spool.objects / name, spool.quarantine / name.rpartition("/")[2])
+
+
+def bring_back(spool: Spool, file_name: str) -> str:
+    """Move a file of the quarantine back to its shelf; return its name there."""
+    name = f"{file_name[:2]}/{file_name}"
+    _move(spool.quarantine / file_name, spool.objects / name)
+    return name
+
+
+def _move(source: Path, target: Path) -> Path:
+    try:
+        source.rename(target)
+        _sync_folder(target.parent)
+        _sync_folder(source.parent)
+    except OSError as error:
+        raise StorageError(
+            f"A file could not be moved to {target.parent}: {error.strerror or error}.",
+            hint="Check the disk of [storage] directory.",
+            retry=True,
+        ) from error
+    return target
 
 
 def remove(path: Path) -> None:

@@ -78,7 +78,7 @@ class Worker:
         started = time.monotonic()
         bound = _log.bind(scan=claim.scan_id, revision=claim.revision)
         try:
-            reply = self._ask(claim, claim.reason)
+            reply = self._bytes_lost(claim, bound) or self._ask(claim, claim.reason)
             told = self._after_failure(claim, reply, bound) if isinstance(reply, Ended) else reply
             state = None if told is None or isinstance(told, Abandoned) else self._finish(claim, told)
         except worklist.LeaseLost:
@@ -97,6 +97,38 @@ class Worker:
         )
         self._sender_bell.ring()
         return True
+
+    def _bytes_lost(self, claim: worklist.Claim, bound: log.Log) -> Answer | None:
+        """Compare every object with the digest it was received under; say what to do where one does not hold.
+
+        Pixels that a disk has changed would give an answer like any other, and nobody would see it. No note is sent:
+        what the bytes say about the patient is no longer to be trusted either.
+        """
+        lost = []
+        for one in claim.instances:
+            path = self._spool.objects / one.spool_name
+            if spool.dataset_digest(path) != one.sha256:
+                event: worklist.Loss = "bytes_damaged" if path.exists() else "bytes_missing"
+                kept = worklist.KeptFile(
+                    "instance", one.instance_id, claim.scan_id, one.spool_name, one.sha256, None, None
+                )
+                worklist.note_lost(self._engine, kept, event)
+                lost.append(one.sop_instance_uid)
+                bound.error("alarm", what=event, sop_instance_uid=one.sop_instance_uid)
+        if not lost:
+            return None
+        return Answer(
+            outcome="failed",
+            reason="unreadable",
+            detail=f"the stored bytes of {len(lost)} of {len(claim.instances)} objects are missing or damaged:"
+            f" check the disk, send the scan again, then `remnant worklist retry {claim.scan_id}`",
+            finding=None,
+            probability=None,
+            views=(),
+            model=None,
+            model_sha256=None,
+            results=(),
+        )
 
     def _ask(self, claim: worklist.Claim, reason: str | None) -> Answer | Ended | Abandoned:
         task = Task(

@@ -48,6 +48,11 @@ class Confusion:
         return _share(self.true_positive, self.true_positive + self.false_positive)
 
     @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and sensitivity, residual tissue being positive."""
+        return _share(2 * self.true_positive, 2 * self.true_positive + self.false_positive + self.false_negative)
+
+    @property
     def sensitivity_as_in_paper(self) -> float:
         return self.specificity
 
@@ -227,6 +232,25 @@ def youden_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
     starts = np.concatenate(([True], ranked[1:] > ranked[:-1]))
     best = int(np.argmax(np.where(starts, gain, -np.inf)))
     return float(ranked[0] if best == 0 else (ranked[best - 1] + ranked[best]) / 2)
+
+
+def sensitivity_threshold(labels: ArrayLike, scores: ArrayLike, sensitivity: float) -> float:
+    """The greatest threshold that still calls at least this share of the residual scans, put midway to the next lower
+    score of any scan, so that it does not stand upon a scan of the set it was chosen on.
+
+    `sensitivity` in (0, 1]. Raises `MetricsError` where a class is missing.
+    """
+    truth, values = _checked(labels, scores)
+    if truth.all() or not truth.any():
+        raise MetricsError("a threshold needs scans of both classes")
+    if not 0 < sensitivity <= 1:
+        raise MetricsError("a sensitivity to be kept must lie above 0 and not above 1")
+    positive = np.sort(values[truth])
+    # A hair more than the product, for 0.95 x 20 is 18.999... in binary.
+    missed = positive.size - math.ceil(sensitivity * positive.size - 1e-9)
+    kept = positive[missed]
+    lower = values[values < kept]
+    return float((kept + lower.max()) / 2 if lower.size else kept)
 
 
 def temperature(labels: ArrayLike, logits: ArrayLike) -> float:

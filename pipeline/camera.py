@@ -67,6 +67,9 @@ _PEOPLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
 )
 """Character set, name, sex. All invented."""
 
+SIMULATED_ISSUER: Final = "REMNANT-SIMULATED"
+"""IssuerOfPatientID of every invented patient: how figures of simulated scans are told from those of patients."""
+
 
 @dataclass(frozen=True, slots=True)
 class Examination:
@@ -122,7 +125,7 @@ def examination(seed: int) -> Examination:
     return Examination(
         patient_name=name,
         patient_id=f"SIM{seed:07d}",
-        issuer_of_patient_id="REMNANT-SIMULATED",
+        issuer_of_patient_id=SIMULATED_ISSUER,
         patient_birth_date=f"{int(rng.integers(1940, 2004)):04d}{int(rng.integers(1, 13)):02d}15",
         patient_sex=sex,
         accession_number=f"SIMA{seed:07d}",

@@ -11,6 +11,7 @@ physicist's screen, not in a log.
 import csv
 import hashlib
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
+from pipeline.camera import SIMULATED_ISSUER
 from pipeline.reasons import REASONS
 from pipeline.views import Acquisition, HeaderFacts, UnreadableHeader, UnusableScan, facts_of, group, view_images
 
@@ -39,6 +41,12 @@ WHY: Final = {
 """Every reason for which a file or a line is not in the cohort: a closed list."""
 
 LABELS: Final = {"residual": True, "1": True, "clean": False, "0": False}
+_ALIASES: Final = {
+    "study_instance_uid": "StudyInstanceUID",
+    "sop_instance_uid": "SOPInstanceUID",
+    "residual": "label",
+}
+"""The columns of `truth.csv`, as they are called in a hospital's CSV."""
 _READING_ERRORS = (InvalidDicomError, UnreadableHeader, OSError, ValueError, EOFError, AttributeError, KeyError)
 
 
@@ -59,7 +67,9 @@ class Excluded:
 class LabelledScan:
     """One scan with its label.
 
-    `patient`: digest of PatientID and issuer; `files`: one an object, in the order of `sop_instance_uids`.
+    `patient`: digest of PatientID and issuer; `files`: one an object, in the order of `sop_instance_uids`; `strata`:
+    groups that the labels put it in, such as "salivary_only"; `uptake_percent`: of residual tissue, where it is known;
+    `synthetic`: whether it says itself that it was simulated.
     """
 
     files: tuple[Path, ...]
@@ -67,6 +77,9 @@ class LabelledScan:
     study_instance_uid: str
     patient: str
     residual: bool
+    strata: tuple[str, ...] = ()
+    uptake_percent: float | None = None
+    synthetic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +107,8 @@ class _Line:
     by_object: bool
     study_instance_uid: str
     residual: bool
+    strata: tuple[str, ...] = ()
+    uptake_percent: float | None = None
 
     @property
     def what(self) -> str:
@@ -117,7 +132,9 @@ def read_cohort(
     """The cohort of a folder, read recursively, under the labels of a CSV.
 
     The CSV has a column `label` (residual or 1, clean or 0) and `StudyInstanceUID`, or `SOPInstanceUID` where a study
-    holds several scans; with both, the object leads and must be of that study. Other columns are not looked at.
+    holds several scans; with both, the object leads and must be of that study. `stratum` (several parted by "|") and
+    `uptake_percent` may be there, and are told in the figures; other columns are not looked at. The `truth.csv` of
+    `pipeline.camera.simulate` is such a CSV (its names are taken too).
     Separator comma, semicolon or tab; UTF-8. A label of one object is the label of its scan. `progress(done, all)` is
     called after each file. Raises `CohortError` where folder or CSV cannot be used at all.
     """
@@ -149,8 +166,8 @@ def read_cohort(
                 _out(_name(chosen[uid].path, folder), problem.reason, problem.detail) for uid in found.sop_instance_uids
             ]
             continue
-        residual = next(line.residual for line in usable if _names(line, found, chosen))
-        scans.append((_scan(found, chosen, residual=residual), str(content)))
+        line = next(line for line in usable if _names(line, found, chosen))
+        scans.append((_scan(found, chosen, line), str(content)))
     kept, repeated = _without_repeats(scans, folder)
     excluded += repeated
     return HospitalCohort(
@@ -167,25 +184,36 @@ def groupings(
     Patients are drawn within three strata: only residual scans, only clean ones, both. The same scans and seed give
     the same groupings in any order of files. Raises `CohortError` unless either side holds both labels.
     """
+    return divide([scan.residual for scan in scans], [scan.patient for scan in scans], count, seed, test_share)
+
+
+def divide(
+    residual: Sequence[bool], patients: Sequence[str], count: int, seed: int, test_share: float = 0.25
+) -> tuple[Grouping, ...]:
+    """`groupings` of scans that are given as two columns of one length: their labels, and whose they are.
+
+    Half a patient more goes to the training, as in the paper: 346 and 100 scans of as many patients become 260 and 75
+    for training, 86 and 25 for testing.
+    """
     if not 0 < test_share < 1 or count < 1:
         raise CohortError("a grouping needs a test share between 0 and 1 and a count of at least 1")
     places: dict[str, list[int]] = defaultdict(list)
-    for place in sorted(range(len(scans)), key=lambda place: scans[place].sop_instance_uids):
-        places[scans[place].patient].append(place)
+    for place, patient in enumerate(patients):
+        places[patient].append(place)
     strata: dict[tuple[bool, ...], list[str]] = defaultdict(list)
     for patient in sorted(places):
-        strata[tuple(sorted({scans[place].residual for place in places[patient]}))].append(patient)
+        strata[tuple(sorted({bool(residual[place]) for place in places[patient]}))].append(patient)
     found = []
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         held_out: set[str] = set()
         for stratum in sorted(strata):
-            patients = strata[stratum]
-            size = int(len(patients) * test_share + 0.5)
-            held_out.update(patients[i] for i in rng.permutation(len(patients))[:size])
+            alike = strata[stratum]
+            size = max(math.ceil(len(alike) * test_share - 0.5), int(len(alike) > 1))
+            held_out.update(alike[i] for i in rng.permutation(len(alike))[:size])
         testing = tuple(sorted(place for patient in held_out for place in places[patient]))
         training = tuple(sorted(place for patient in set(places) - held_out for place in places[patient]))
-        if any({scans[place].residual for place in side} != {True, False} for side in (training, testing)):
+        if any({bool(residual[place]) for place in side} != {True, False} for side in (training, testing)):
             raise CohortError(
                 "either side of a grouping needs residual and clean scans, and there are too few patients for that; "
                 "add patients"
@@ -206,7 +234,9 @@ def _read_labels(path: Path) -> tuple[list[_Line], list[Excluded]]:
         raise CohortError(f"the labels {path.name!r} are not text in UTF-8; save them as UTF-8") from error
     head = text.split("\n", 1)[0]
     reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
-    columns = set(reader.fieldnames or ())
+    named = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = [_ALIASES.get(name, name) if _ALIASES.get(name) not in named else name for name in named]
+    columns = set(reader.fieldnames)
     if "label" not in columns or not columns & {"StudyInstanceUID", "SOPInstanceUID"}:
         raise CohortError(
             f"the labels {path.name!r} need a first line with the columns label and StudyInstanceUID or SOPInstanceUID"
@@ -222,7 +252,14 @@ def _read_labels(path: Path) -> tuple[list[_Line], list[Excluded]]:
         if label.lower() not in LABELS or not (study or sop):
             excluded.append(_out(f"labels line {number}", "bad_label"))
             continue
-        line = _Line(number, sop or study, bool(sop), study, LABELS[label.lower()])
+        strata = tuple(word.strip() for word in (row.get("stratum") or "").split("|") if word.strip())
+        try:
+            uptake = float(row.get("uptake_percent") or "nan")
+        except ValueError:
+            excluded.append(_out(f"labels line {number}", "bad_label", "uptake_percent is not a number"))
+            continue
+        known = uptake if uptake >= 0 and math.isfinite(uptake) else None
+        line = _Line(number, sop or study, bool(sop), study, LABELS[label.lower()], strata, known)
         if told.setdefault((line.target, line.by_object), line.residual) == line.residual and any(
             (other.target, other.by_object) == (line.target, line.by_object) for other in lines
         ):
@@ -354,10 +391,19 @@ def _patient(facts: HeaderFacts) -> str:
     return hashlib.sha256(f"{facts.issuer_of_patient_id}\0{facts.patient_id}".encode()).hexdigest()
 
 
-def _scan(found: Acquisition, chosen: dict[str, _Object], *, residual: bool) -> LabelledScan:
+def _scan(found: Acquisition, chosen: dict[str, _Object], line: _Line) -> LabelledScan:
     patient, study_instance_uid = _study(found, chosen)
     files = tuple(chosen[uid].path for uid in found.sop_instance_uids)
-    return LabelledScan(files, found.sop_instance_uids, study_instance_uid, patient, residual)
+    return LabelledScan(
+        files,
+        found.sop_instance_uids,
+        study_instance_uid,
+        patient,
+        line.residual,
+        line.strata,
+        line.uptake_percent,
+        chosen[found.sop_instance_uids[0]].facts.issuer_of_patient_id == SIMULATED_ISSUER,
+    )
 
 
 def _name(path: Path, folder: Path) -> str:

@@ -17,7 +17,7 @@ from dicom_node.worklist.deliveries import (
     stored_results,
     substitute_delivery,
 )
-from dicom_node.worklist.engine import DatabaseUnavailable, WorklistFault, open_worklist
+from dicom_node.worklist.engine import DAMAGED, DatabaseUnavailable, WorklistFault, open_worklist
 from dicom_node.worklist.guard import Lease
 from dicom_node.worklist.history import EVENTS, Event, changes_since, events, last_event_id, record_event, verify_events
 from dicom_node.worklist.identities import accept_identity, hold_identity
@@ -27,13 +27,15 @@ from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
 from dicom_node.worklist.tables import VIEW_COLUMNS
 from dicom_node.worklist.upkeep import (
+    KeptFile,
+    Loss,
     PurgeableFile,
     check,
+    damage,
     forget,
-    instance_by_digest,
-    known_result_names,
-    known_spool_names,
+    kept_files,
     mark_purged,
+    note_lost,
     purgeable,
 )
 from dicom_node.worklist.view import counts_by_state, details, row, rows, scan_of
@@ -57,6 +59,7 @@ from dicom_node.worklist.work import (
 )
 
 __all__ = [
+    "DAMAGED",
     "DELIVERY_STATES",
     "EVENTS",
     "REST",
@@ -69,8 +72,10 @@ __all__ = [
     "DueDelivery",
     "Event",
     "IntakeRules",
+    "KeptFile",
     "Lease",
     "LeaseLost",
+    "Loss",
     "NewResult",
     "ObservedLease",
     "PendingVersion",
@@ -87,6 +92,7 @@ __all__ = [
     "check",
     "claim",
     "counts_by_state",
+    "damage",
     "details",
     "due_deliveries",
     "events",
@@ -95,14 +101,13 @@ __all__ = [
     "forget",
     "heartbeat",
     "hold_identity",
-    "instance_by_digest",
     "judge_version",
-    "known_result_names",
-    "known_spool_names",
+    "kept_files",
     "last_event_id",
     "mark_purged",
     "next_delivery_in_s",
     "next_work_in_s",
+    "note_lost",
     "observe_leases",
     "open_worklist",
     "pending_versions",

@@ -38,6 +38,10 @@ NODE_EVENTS_LOCK = 7_131_002
 SCHEMA_LOCK = 7_131_003
 
 
+DAMAGED = "stop the node and bring back a backup, see deploy/README.md; what came since lies in the spool"
+"""What a person can do about a damaged database."""
+
+
 class DatabaseUnavailable(RemnantError):  # noqa: N818 - the name says what is the case, for whoever catches it
     """The worklist's database cannot be reached, or is locked for longer than the busy timeout; nothing was changed."""
 
@@ -186,6 +190,9 @@ def _translated() -> Iterator[None]:
             raise DatabaseUnavailable(
                 "the worklist's tables are not there", hint="run `remnant db upgrade`", retry=True
             ) from None
+        if "malformed" in said or "not a database" in said:
+            # Still to be tried again: a camera that keeps its copy loses nothing until a backup is back.
+            raise DatabaseUnavailable(f"the worklist's database is damaged: {said}", hint=DAMAGED, retry=True) from None
         # What is left is the database and not our statement: locked, gone, full, read-only, damaged.
         if not isinstance(error, ProgrammingError | DataError | IntegrityError):
             raise DatabaseUnavailable(

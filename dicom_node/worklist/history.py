@@ -27,6 +27,11 @@ EVENTS = MappingProxyType(
         "other_pixels": "ALARM: another image arrived under a known SOP Instance UID; quarantined",
         "identity_changed": "ALARM: the same image, or an archive's answer, has another identity; sending stopped",
         "identity_accepted": "a person accepted another identity for the scan: a new revision",
+        "adopted": "its bytes lay in the spool without a row: entered again after a kill or an old backup",
+        "bytes_missing": "ALARM: bytes that this row owns are not on the disk",
+        "bytes_damaged": "ALARM: bytes that this row owns are not what was received or made",
+        "released": "a person took an object out of quarantine: it is the one that is analysed now",
+        "discarded": "a person removed the bytes of a quarantined object",
         "returned": "a result of this row came back from an archive; kept, never analysed",
         "recalled": "a person withdrew results that were sent",
         "revised": "the set of views changed",
@@ -110,6 +115,22 @@ def append(
         "detail": detail,
     }
     conn.execute(insert(event_table).values(**fields, digest=_digest(head.digest or "", fields)))
+
+
+def tells(conn: Connection, scan_id: int | None, event: str, detail: str) -> bool:
+    """Say whether a history holds this very line already."""
+    return (
+        conn.execute(
+            select(event_table.c.id)
+            .where(
+                func.coalesce(event_table.c.scan_id, 0) == (scan_id or 0),
+                event_table.c.event == event,
+                event_table.c.detail == detail,
+            )
+            .limit(1)
+        ).first()
+        is not None
+    )
 
 
 def record_event(engine: Engine, event: str, detail: str = "") -> None:

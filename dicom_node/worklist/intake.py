@@ -68,8 +68,17 @@ class Receipt:
     alarms: tuple[str, ...] = ()
 
 
-def receive(engine: Engine, facts: HeaderFacts, stored: Stored, *, source_aet: str, rules: IntakeRules) -> Receipt:
-    """Enter a durable object into the worklist; when this returns, it is committed.
+def receive(
+    engine: Engine,
+    facts: HeaderFacts,
+    stored: Stored,
+    *,
+    source_aet: str,
+    rules: IntakeRules,
+    adopted: bool = False,
+) -> Receipt:
+    """Enter a durable object into the worklist; when this returns, it is committed. `adopted`: it was found in the
+    spool without a row, which its history then says.
 
     Raises
     ------
@@ -83,19 +92,34 @@ def receive(engine: Engine, facts: HeaderFacts, stored: Stored, *, source_aet: s
         for row in known:
             if row["sha256"] == stored.sha256:
                 return Receipt(row["scan_id"], _state(conn, row["scan_id"]), new=False, queued=False)
-        if known:
-            return _receive_version(conn, facts, stored, source_aet, known)
-        made_by = _result_of(conn, facts.sop_instance_uid)
-        if made_by is not None:
-            return _receive_returned(conn, facts, stored, source_aet, made_by)
-        alarms = _alarms(conn, facts)
-        if _may_be_analysed(facts):
-            scan_id, queued = _receive_view(conn, facts, stored, source_aet, rules)
-        else:
-            scan_id, queued = _receive_kept(conn, facts, stored, source_aet, rules), False
-        for alarm in alarms:
-            history.append(conn, scan_id, alarm, detail=facts.sop_instance_uid)
-        return Receipt(scan_id, _state(conn, scan_id), new=True, queued=queued, alarms=alarms)
+        receipt = _enter(conn, facts, stored, source_aet, rules, known)
+        if adopted:
+            detail = f"{facts.sop_instance_uid} sha256 {stored.sha256}"
+            history.append(conn, receipt.scan_id, "adopted", detail=detail)
+        return receipt
+
+
+def _enter(
+    conn: Connection,
+    facts: HeaderFacts,
+    stored: Stored,
+    source_aet: str,
+    rules: IntakeRules,
+    known: Sequence[RowMapping],
+) -> Receipt:
+    if known:
+        return _receive_version(conn, facts, stored, source_aet, known)
+    made_by = _result_of(conn, facts.sop_instance_uid)
+    if made_by is not None:
+        return _receive_returned(conn, facts, stored, source_aet, made_by)
+    alarms = _alarms(conn, facts)
+    if _may_be_analysed(facts):
+        scan_id, queued = _receive_view(conn, facts, stored, source_aet, rules)
+    else:
+        scan_id, queued = _receive_kept(conn, facts, stored, source_aet, rules), False
+    for alarm in alarms:
+        history.append(conn, scan_id, alarm, detail=facts.sop_instance_uid)
+    return Receipt(scan_id, _state(conn, scan_id), new=True, queued=queued, alarms=alarms)
 
 
 def expire_views(engine: Engine) -> tuple[int, ...]:

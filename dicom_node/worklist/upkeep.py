@@ -23,6 +23,9 @@ NOT_OURS_DAYS = 2
 DISPUTED_DAYS = 90
 """Days for failed rows and for quarantined bytes: a person may have to look at them."""
 
+Loss = Literal["bytes_missing", "bytes_damaged"]
+"""What can become of bytes that a row owns, beside retention."""
+
 _DAY_S = 86_400.0
 
 
@@ -35,6 +38,20 @@ class PurgeableFile:
     scan_id: int
     file_name: str
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeptFile:
+    """Bytes that a row owns. `size_bytes` is that of the dataset of an object, None for a result; `purged_at` is None
+    where the bytes must be on the disk."""
+
+    kind: Literal["instance", "result"]
+    id: int
+    scan_id: int
+    file_name: str
+    sha256: str
+    purged_at: str | None
+    size_bytes: int | None
 
 
 def purgeable(engine: Engine, retention_days: float) -> tuple[PurgeableFile, ...]:
@@ -141,38 +158,59 @@ def forget(engine: Engine, days: float) -> int:
         return len(old)
 
 
-def known_spool_names(engine: Engine) -> frozenset[str]:
-    """Names of all received objects whose bytes must be in the spool."""
+def kept_files(engine: Engine) -> tuple[KeptFile, ...]:
+    """Every file that a row owns or owned, by id; received objects first, then results."""
+    received = select(
+        instance.c.id, instance.c.scan_id, instance.c.spool_name, instance.c.sha256, instance.c.purged_at,
+        instance.c.size_bytes,
+    ).order_by(instance.c.id)  # fmt: skip
+    made = select(
+        result.c.id, result.c.scan_id, result.c.file_name, result.c.sha256, result.c.purged_at
+    ).order_by(result.c.id)  # fmt: skip
     with reading(engine) as conn:
-        return frozenset(conn.execute(select(instance.c.spool_name).where(instance.c.purged_at.is_(None))).scalars())
-
-
-def known_result_names(engine: Engine) -> frozenset[str]:
-    """Names of all result objects whose bytes must be on the disk."""
-    with reading(engine) as conn:
-        return frozenset(conn.execute(select(result.c.file_name).where(result.c.purged_at.is_(None))).scalars())
-
-
-def instance_by_digest(engine: Engine, sop_instance_uid: str, sha256: str) -> int | None:
-    """The id of the row that owns these bytes; None when they were never entered."""
-    with reading(engine) as conn:
-        return conn.scalar(
-            select(instance.c.scan_id).where(
-                instance.c.sop_instance_uid == sop_instance_uid, instance.c.sha256 == sha256
-            )
+        return (
+            *(
+                KeptFile("instance", one.id, one.scan_id, one.spool_name, one.sha256, one.purged_at, one.size_bytes)
+                for one in conn.execute(received)
+            ),
+            *(
+                KeptFile("result", one.id, one.scan_id, one.file_name, one.sha256, one.purged_at, None)
+                for one in conn.execute(made)
+            ),
         )
+
+
+def note_lost(engine: Engine, file: KeptFile, event: Loss) -> bool:
+    """Write into a row's history that bytes it owns are gone or changed; True where this is news. A file that was
+    purged in the meantime is no loss, and a loss is told once."""
+    files = instance if file.kind == "instance" else result
+    detail = f"{file.kind} sha256 {file.sha256}"
+    with writing(engine) as conn:
+        row = conn.execute(select(scan).where(scan.c.id == file.scan_id).with_for_update()).mappings().first()
+        purged_at = conn.scalar(select(files.c.purged_at).where(files.c.id == file.id))
+        if row is None or purged_at is not None or history.tells(conn, file.scan_id, event, detail):
+            return False
+        history.append(conn, file.scan_id, event, revision=row["revision"], detail=detail)
+        return True
+
+
+def damage(engine: Engine) -> tuple[str, ...]:
+    """What SQLite finds wrong with its own file: pages, indexes, references; one sentence each. Other databases check
+    themselves while they read."""
+    if engine.dialect.name != "sqlite":
+        return ()
+    with reading(engine) as conn:
+        found = [str(said) for said in conn.scalars(text("PRAGMA integrity_check(3)")) if said != "ok"]
+        broken = conn.execute(text("PRAGMA foreign_key_check")).all()
+    return (*found, *(f"a line of {one[0]} refers to one of {one[2]} that is not there" for one in broken))
 
 
 def check(engine: Engine) -> tuple[str, ...]:
     """Faults of the database, one sentence each; empty when it is sound. The history has `verify_events`."""
     if not schema_is_current(engine):
         return ("the tables are not those of this version: run `remnant db upgrade`",)
-    faults: list[str] = []
+    faults = [f"the database's file is damaged: {one}" for one in damage(engine)]
     with reading(engine) as conn:
-        if conn.dialect.name == "sqlite":
-            faults += [f"SQLite: {said}" for said in conn.scalars(text("PRAGMA quick_check")) if said != "ok"]
-            broken = conn.execute(text("PRAGMA foreign_key_check")).all()
-            faults += [f"a line of {one[0]} refers to one of {one[2]} that is not there" for one in broken]
         faults += [
             f"scan {scan_id} waits for a view without a deadline"
             for scan_id in conn.scalars(

@@ -7,6 +7,11 @@ from dicom_node import worklist
 from dicom_node.worklist.clock import now, parse
 from dicom_node.worklist.engine import writing
 
+
+def kept(engine):
+    return {file.file_name for file in worklist.kept_files(engine) if file.purged_at is None}
+
+
 NOTE = {"outcome": "declined", "finding": None, "probability": None}
 
 
@@ -53,7 +58,7 @@ def test_purging_leaves_facts_so_that_a_resend_is_recognised_and_nothing_is_retr
     files = purge(camera.engine)
 
     assert sorted(file.kind for file in files) == ["instance", "result", "result"]
-    assert worklist.known_spool_names(camera.engine) == worklist.known_result_names(camera.engine) == frozenset()
+    assert kept(camera.engine) == set()
     assert worklist.purgeable(camera.engine, 30) == ()
     assert camera.send("scan").new is False
     with pytest.raises(worklist.TransitionRefused, match="removed by retention"):
@@ -80,7 +85,7 @@ def test_quarantined_bytes_stay_longer_than_the_row_they_came_to(camera, worker)
     worker.finish(worker.claim())
     age(camera.engine, scan_id, 31)
     purge(camera.engine)
-    assert worklist.known_spool_names(camera.engine) == {pending.spool_name}
+    assert kept(camera.engine) == {pending.spool_name}
     age(camera.engine, scan_id, 91)
     assert len(purge(camera.engine)) == 1
 
@@ -120,12 +125,20 @@ def test_forgetting_empties_identity_only_where_the_bytes_are_gone(camera, worke
     assert "forgotten" in {one.event for one in worklist.events(camera.engine, first)}
 
 
-def test_an_object_is_found_by_its_digest_for_reconciling_the_spool(camera):
+def test_lost_bytes_are_told_once_and_never_where_retention_removed_them(camera, worker):
     scan_id = camera.send("scan").scan_id
-    (one,) = worklist.details(camera.engine, scan_id)["instances"]
-    assert worklist.instance_by_digest(camera.engine, one["sop_instance_uid"], one["sha256"]) == scan_id
-    assert worklist.instance_by_digest(camera.engine, one["sop_instance_uid"], "0" * 64) is None
-    assert worklist.known_spool_names(camera.engine) == {one["spool_name"]}
+    worker.finish(worker.claim())
+    first, *_ = files = worklist.kept_files(camera.engine)
+    assert [file.kind for file in files] == ["instance", "result", "result"]
+
+    assert worklist.note_lost(camera.engine, first, "bytes_missing") is True
+    assert worklist.note_lost(camera.engine, first, "bytes_missing") is False
+    age(camera.engine, scan_id, 31)
+    purge(camera.engine)
+    assert worklist.note_lost(camera.engine, files[1], "bytes_missing") is False
+
+    told = [one.detail for one in worklist.events(camera.engine, scan_id) if one.event == "bytes_missing"]
+    assert told == [f"instance sha256 {first.sha256}"]
 
 
 def test_check_names_what_contradicts_itself(camera):

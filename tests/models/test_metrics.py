@@ -37,6 +37,7 @@ def test_decisions_agree_with_scikit_learn_and_both_conventions_are_named() -> N
     assert table.sensitivity == pytest.approx(reference.recall_score(labels, called))
     assert table.specificity == pytest.approx(reference.recall_score(labels, called, pos_label=0))
     assert table.precision == pytest.approx(reference.precision_score(labels, called))
+    assert table.f1 == pytest.approx(reference.f1_score(labels, called))
     assert (table.sensitivity_as_in_paper, table.specificity_as_in_paper) == (table.specificity, table.sensitivity)
 
 
@@ -64,6 +65,25 @@ def test_the_chosen_threshold_has_the_greatest_sensitivity_plus_specificity() ->
     false_positive, true_positive, _ = reference.roc_curve(labels, scores)
     assert chosen.sensitivity + chosen.specificity - 1 == pytest.approx((true_positive - false_positive).max())
     assert metrics.youden_threshold([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.9, 0.95, 1.0])
+def test_the_threshold_for_a_sensitivity_is_the_greatest_that_keeps_it(wanted: float) -> None:
+    labels, scores = _case(8, ties=True)
+    threshold = metrics.sensitivity_threshold(labels, scores, wanted)
+    assert metrics.confusion(labels, scores, threshold).sensitivity >= wanted
+    above = scores[scores >= threshold].min()
+    assert metrics.confusion(labels, scores, np.nextafter(above, np.inf)).sensitivity < wanted
+    assert threshold not in scores or threshold == scores.min()
+
+
+def test_a_threshold_for_a_sensitivity_counts_scans_and_not_rounding_errors() -> None:
+    labels, scores = [1] * 20 + [0], [*np.arange(1.0, 21.0), 0.5]
+    assert metrics.sensitivity_threshold(labels, scores, 0.95) == pytest.approx(1.5)
+    assert metrics.sensitivity_threshold([1, 0], [0.2, 0.9], 1.0) == pytest.approx(0.2)
+    for labels, wanted in (([1, 1], 0.9), ([1, 0], 0.0), ([1, 0], 1.1)):
+        with pytest.raises(MetricsError):
+            metrics.sensitivity_threshold(labels, [0.1, 0.2], wanted)
 
 
 def test_the_temperature_is_recovered_from_overconfident_logits() -> None:
@@ -200,3 +220,28 @@ def test_net_benefit_weighs_needless_actions_by_the_odds_of_the_threshold() -> N
     assert (even.classifier, even.act_on_all) == pytest.approx(((1 - 1) / 5, 0.4 - 0.6))
     with pytest.raises(MetricsError, match="threshold probability"):
         metrics.decision_curve(labels, probabilities, [1.0])
+
+
+def test_delong_is_that_of_proc() -> None:
+    """Numbers of R 4.2.2 with pROC 1.18.0 (Debian's r-cran-proc), printed with options(digits = 15) by
+    a <- roc(labels, one, levels = c(0, 1), direction = "<"); b <- roc(labels, other, levels = c(0, 1), direction = "<")
+    auc(a); auc(b); var(a); var(b); cov(a, b); ci.auc(a); ci.auc(b); roc.test(a, b, method = "delong", paired = TRUE)
+    """
+    labels = [0] * 12 + [1] * 14
+    one = [0.05, 0.12, 0.12, 0.20, 0.25, 0.31, 0.33, 0.40, 0.48, 0.55, 0.62, 0.74]
+    one += [0.31, 0.38, 0.45, 0.52, 0.55, 0.60, 0.66, 0.70, 0.74, 0.81, 0.86, 0.90, 0.93, 0.97]
+    other = [0.30, 0.08, 0.22, 0.45, 0.10, 0.51, 0.27, 0.60, 0.35, 0.49, 0.70, 0.66]
+    other += [0.28, 0.52, 0.39, 0.61, 0.44, 0.58, 0.51, 0.80, 0.62, 0.77, 0.69, 0.90, 0.55, 0.85]
+    assert metrics.roc_auc_variance(labels, one) == pytest.approx(0.00564775006739292, rel=1e-13)
+    assert metrics.roc_auc_variance(labels, other) == pytest.approx(0.00880456349206349, rel=1e-13)
+    # pROC's z of 95 % has more digits than ours.
+    assert metrics.roc_auc_interval(labels, one) == pytest.approx((0.700920024748482, 0.995508546680090), abs=1e-7)
+    assert metrics.roc_auc_interval(labels, other) == pytest.approx((0.592877128056173, 0.960694300515256), abs=1e-7)
+    found = metrics.compare_areas(labels, one, other)
+    assert (found.first, found.second) == pytest.approx((0.848214285714286, 0.776785714285714), rel=1e-13)
+    assert found.z == pytest.approx(1.21933875670796, rel=1e-13)
+    assert found.p_value == pytest.approx(0.222715644297427, rel=1e-12)
+    assert found.interval == pytest.approx((-0.0433856479152965, 0.1862427907724393), abs=1e-7)
+    # var(a) + var(b) - 2 cov(a, b), with pROC's covariance.
+    error = 0.00564775006739292 + 0.00880456349206349 - 2 * 0.0055103626532198
+    assert (found.difference / found.z) ** 2 == pytest.approx(error, rel=1e-11)

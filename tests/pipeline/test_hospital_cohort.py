@@ -17,6 +17,7 @@ from pipeline.hospital_cohort import (
     Excluded,
     HospitalCohort,
     LabelledScan,
+    divide,
     groupings,
     read_cohort,
 )
@@ -244,6 +245,42 @@ def test_groupings_never_share_a_patient_and_keep_the_papers_proportions() -> No
     assert len(set(found)) == 10
     assert groupings(scans, count=10, seed=5) == found
     assert groupings(scans, count=10, seed=6) != found
+
+
+def test_the_papers_446_scans_divide_into_the_papers_numbers() -> None:
+    """Table 3 of the paper: 260 and 75 for training, 86 and 25 for testing."""
+    (one,) = divide([True] * 346 + [False] * 100, [str(number) for number in range(446)], 1, 0)
+    assert (sum(place < 346 for place in one.training), len(one.training)) == (260, 335)
+    assert (sum(place < 346 for place in one.testing), len(one.testing)) == (86, 111)
+
+
+def test_the_truth_of_a_simulated_cohort_serves_as_its_labels_with_strata_and_uptake(tmp_path: Path) -> None:
+    rows = {row.sop_instance_uid: row for row in simulate(tmp_path, 4, 982_000)}
+    cohort = read_cohort(tmp_path, tmp_path / "truth.csv", require_views=())
+    assert len(cohort.scans) == 4
+    for scan in cohort.scans:
+        row = rows[scan.sop_instance_uids[0]]
+        assert (scan.residual, scan.strata, scan.uptake_percent) == (
+            bool(row.residual),
+            (row.stratum,),
+            row.uptake_percent,
+        )
+
+
+def test_strata_and_uptake_of_a_line_are_read_and_a_word_for_a_number_is_told(folder: Path) -> None:
+    path = folder.parent / "labels.csv"
+    path.write_text(
+        "StudyInstanceUID;label;stratum;uptake_percent\n"
+        f"{_study(SEEDS[0])};residual;tilted | star;0.4\n"
+        f"{_study(SEEDS[1])};clean;;\n"
+        f"{_study(SEEDS[2])};residual;;much\n"
+    )
+    cohort = read_cohort(folder, path)
+    assert sorted((scan.strata, scan.uptake_percent) for scan in cohort.scans) == [
+        ((), None),
+        (("tilted", "star"), 0.4),
+    ]
+    assert _reasons(cohort)["labels line 4"] == "bad_label"
 
 
 def test_groupings_do_not_depend_on_the_order_of_the_scans() -> None:
