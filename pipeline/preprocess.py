@@ -203,6 +203,14 @@ def prepare_scan(
     return PreparedScan(inputs=standardize(planes, standard or chosen.standard), planes=planes, views=prepared)
 
 
+def without_view(planes: NDArray[np.float32], kept: str) -> NDArray[np.float32]:
+    """Joint planes (3, edge, edge) as if only the view `kept` had come; the same as `models.train.single_view`."""
+    alone = planes.copy()
+    alone[1 if kept == "anterior" else 0] = 0
+    alone[2] /= 2
+    return alone
+
+
 def _joined(views: Mapping[str, Prepared], size: int) -> NDArray[np.float32]:
     joined = np.zeros((3, size, size), np.float32)
     for channel, name in enumerate(("anterior", "posterior")):
