@@ -46,7 +46,7 @@ PLANS: Final = {
     "other_camera": CohortPlan(24_000_000, 500, physics="other", prevalence=0.5),
 }
 SETTINGS: Final = TrainingSettings(
-    stages=((16, GRID),),
+    stages=((10, GRID // 2), (8, GRID)),
     batch_size=32,
     learning_rate=1e-3,
     shift=5,
@@ -79,7 +79,7 @@ def make(
     started = time.monotonic()
 
     def after_epoch(report: EpochReport, network: nn.Module) -> None:
-        found = logits(network, validation.images, settings, bfloat16=True)
+        found = logits(network, validation.images, settings)
         say(
             f"epoch {report.epoch}/{report.epochs}: loss {report.loss:.4f}, validation AUC "
             f"{metrics.roc_auc(validation.labels, found):.4f}, {time.monotonic() - started:.0f} s"
