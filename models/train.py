@@ -44,6 +44,7 @@ class TrainingSettings:
     epoch_images: images drawn in an epoch; None draws as many as there are.
     learning_rate: at the start; 1e-5 suits pre-trained weights only.
     schedule: "constant" as in the paper, or "cosine": down to 1 % of it along half a cosine.
+    stop_after: end after so many epochs, although the schedule goes on; None runs it to its end.
     frozen: "none" trains the whole network, "backbone" the head alone.
     flip, shift: augmentation: mirror left-right with chance one half; move by up to `shift` pixels.
     view_dropout: chance that a picture whose channels are anterior, posterior, and share of views loses one view, so
@@ -60,6 +61,7 @@ class TrainingSettings:
     learning_rate: float = 1e-3
     seed: int = 131
     schedule: str = "cosine"
+    stop_after: int | None = None
     frozen: str = "none"
     flip: bool = True
     shift: int = 8
@@ -120,7 +122,7 @@ def train(
     optimizer = torch.optim.Adam(learning, lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
     identity = _identity(images, labels, settings, initial)
     done = _resume(checkpoint, identity, network, optimizer)
-    for epoch in range(done, settings.epochs):
+    for epoch in range(done, settings.epochs if settings.stop_after is None else settings.stop_after):
         with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
             torch.manual_seed(settings.seed * 1_000_003 + epoch)
             loss = _epoch(network, optimizer, images, labels, settings, epoch)

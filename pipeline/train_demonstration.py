@@ -45,8 +45,10 @@ PLANS: Final = {
     "population": CohortPlan(23_000_000, 1_000, prevalence=0.5),
     "other_camera": CohortPlan(24_000_000, 500, physics="other", prevalence=0.5),
 }
-SETTINGS: Final = TrainingSettings(
+COARSE: Final = TrainingSettings(
+    # Pixels of twice the size cost a quarter and hold nearly all that a camera of 12 mm resolution sees.
     stages=((10, GRID // 2), (8, GRID)),
+    stop_after=10,
     batch_size=32,
     learning_rate=1e-3,
     shift=5,
@@ -55,6 +57,8 @@ SETTINGS: Final = TrainingSettings(
     mean=ROOT_COUNTS.mean,
     std=ROOT_COUNTS.std,
 )
+SETTINGS: Final = dataclasses.replace(COARSE, stages=((5, GRID),), stop_after=None, learning_rate=5e-4, seed=132)
+"""What `COARSE` learnt is the start of these epochs at full resolution."""
 SENSITIVITY: Final = 0.97
 """Share of the validation cohort's residual scans that the threshold has to call."""
 UNDETERMINED: Final = 0.015
@@ -68,6 +72,7 @@ def make(
     say: Callable[[str], None],
     *,
     plans: Mapping[str, CohortPlan] = PLANS,
+    coarse: TrainingSettings = COARSE,
     settings: TrainingSettings = SETTINGS,
 ) -> Path:
     """All of it. Returns the path of the written record."""
@@ -85,13 +90,9 @@ def make(
             f"{metrics.roc_auc(validation.labels, found):.4f}, {time.monotonic() - started:.0f} s"
         )
 
-    network = train(
-        training.images,
-        training.image_labels,
-        settings,
-        checkpoint=work / "checkpoint.pt",
-        after_epoch=after_epoch,
-    )
+    images, labels = training.images, training.image_labels
+    start = train(images, labels, coarse, checkpoint=work / "coarse.pt", after_epoch=after_epoch).state_dict()
+    network = train(images, labels, settings, checkpoint=work / "checkpoint.pt", initial=start, after_epoch=after_epoch)
     result = work / "result"
     draft = _record(training, plans, settings)
     rounded = weights.load(str(weights.save(result, draft, network))).network
