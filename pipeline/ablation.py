@@ -86,7 +86,7 @@ def _equalized(view: Planes) -> Planes:
 
 def _masked(image: Planes, view: Planes) -> Planes:
     """Under the mask; where GrabCut left none, as it was: the rule of `preprocess.mask_rule`."""
-    empty = ~(view[:, 2] > 0).any(axis=(1, 2))
+    empty = np.asarray(~(view[:, 2] > 0).any(axis=(1, 2)))
     return np.asarray(image * np.where(empty[:, None, None], 1, view[:, 2]), np.float16)
 
 
