@@ -23,7 +23,7 @@ judges: $(VENV)/.dev peers   ## Every kind of result before every validator, Pix
 	$(BIN)/python -m pytest -n $(WORKERS) -q tests/hospital/judges/full_matrix.py
 
 bench: $(VENV)/.dev peers   ## Measure speed and memory beside a peer
-	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/bench_scan_to_result.py
+	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/bench_scan_to_result.py tests/hospital/end_to_end/bench_receiving.py
 
 lint: $(VENV)/.dev   ## ruff, mypy (strict), import-linter
 	$(BIN)/ruff check .
@@ -35,7 +35,7 @@ format: $(VENV)/.dev   ## Let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-peers:           ## Install the programs the tests talk to (DCMTK, Orthanc, PostgreSQL, sqlite3); needs root
+peers:           ## Install what the tests talk to (DCMTK, Orthanc with DICOMweb, PostgreSQL, sqlite3, Chromium, OHIF by npm); needs root
 	@tests/install-peers
 
 # torch has to come by plain pip and its exact pin (see CONTRIBUTING.md).

@@ -14,13 +14,12 @@ from pathlib import Path
 
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
-from pynetdicom import AE, evt
-from pynetdicom.transport import ThreadedAssociationServer
 
 from dicom_node import log
 from dicom_node.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, accepted_contexts
 from dicom_node.errors import RemnantError
-from dicom_node.transport import listen
+from dicom_node.part10 import part_10_header
+from dicom_node.transport import C_STORE_RQ, Limits, Peer, Refusal, Request, Server, Service, listen
 from dicom_node.uids import valid_uid
 
 _SUCCESS = 0x0000
@@ -28,6 +27,7 @@ _DUPLICATE = 0x0111
 _OUT_OF_RESOURCES = 0xA700
 _DOES_NOT_MATCH = 0xA900
 _CANNOT_UNDERSTAND = 0xC000
+_UNKNOWN_CALLED = Refusal(1, 1, 7, "unknown called AE title")  # PS3.8 table 9-21
 
 _log = log.get("archive")
 
@@ -53,11 +53,7 @@ class Archive:
         self._directory = directory
         self._held: dict[str, Held] = {}
         self._writing = threading.Lock()
-        self._ae = AE(ae_title=ae_title)
-        self._ae.require_called_aet = True
-        self._ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-        self._ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        self._server: ThreadedAssociationServer | None = None
+        self._server: Server | None = None
 
     def start(self) -> None:
         """Read what the folder holds and listen.
@@ -69,33 +65,42 @@ class Archive:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._read_folder()
-            self._server = listen(
-                self._ae, (self.host, self.port), accepted_contexts([]), [(evt.EVT_C_STORE, self._on_store)]
-            )
+            self._server = listen((self.host, self.port), self._service())
         except OSError as error:
             raise RemnantError(
                 f"The embedded archive cannot start in {self._directory}, {self.host} port {self.port}: "
                 f"{error.strerror or error}.",
                 hint="Give it a folder that this user may write, and a free port.",
             ) from error
-        self.port = int(self._server.server_address[1])
+        self.port = self._server.address[1]
 
     def stop(self) -> None:
         """Stop listening and abort what is still connected; whatever was acknowledged is on the disk."""
         if self._server is not None:
-            self._server.shutdown()
+            self._server.stop()
             self._server = None
-        for assoc in self._ae.active_associations:
-            assoc.abort()
 
     def objects(self) -> tuple[Held, ...]:
         """List what the archive holds, by study and then by instance."""
         with self._writing:
             return tuple(sorted(self._held.values(), key=lambda held: (held.study_instance_uid, held.sop_instance_uid)))
 
-    def _on_store(self, event: evt.Event) -> int:
+    def _service(self) -> Service:
+        return Service(
+            contexts=accepted_contexts([]),
+            implementation_class_uid=IMPLEMENTATION_CLASS_UID,
+            implementation_version_name=IMPLEMENTATION_VERSION_NAME,
+            limits=Limits(idle_s=60, associations=100, associations_per_peer=100),
+            admit=self._admit,
+            handlers={C_STORE_RQ: self._on_store},
+        )
+
+    def _admit(self, peer: Peer) -> Refusal | None:
+        return None if peer.called_ae_title == self.ae_title else _UNKNOWN_CALLED
+
+    def _on_store(self, request: Request) -> int:
         try:
-            status = self._take(event)
+            status = self._take(request)
         except OSError as error:
             _log.error("store_failed", error=error.strerror or str(error))
             return _OUT_OF_RESOURCES
@@ -103,14 +108,18 @@ class Archive:
             _log.warning("store_refused", status=f"{status:04X}")
         return status
 
-    def _take(self, event: evt.Event) -> int:
-        data = event.encoded_dataset()
+    def _take(self, request: Request) -> int:
+        if not (valid_uid(request.sop_class_uid) and valid_uid(request.sop_instance_uid)):
+            return _CANNOT_UNDERSTAND
+        if request.excess:
+            return _OUT_OF_RESOURCES
+        data = (
+            part_10_header(request.sop_class_uid, request.sop_instance_uid, request.transfer_syntax_uid) + request.data
+        )
         held = self._describe(data)
         if held is None:
             return _CANNOT_UNDERSTAND
-        request = event.request
-        named = (getattr(request, "AffectedSOPClassUID", ""), getattr(request, "AffectedSOPInstanceUID", ""))
-        if (held.sop_class_uid, held.sop_instance_uid) != named:
+        if (held.sop_class_uid, held.sop_instance_uid) != (request.sop_class_uid, request.sop_instance_uid):
             return _DOES_NOT_MATCH
         with self._writing:
             known = self._held.get(held.sop_instance_uid)

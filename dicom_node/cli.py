@@ -8,7 +8,8 @@ Exit codes: 0 done; 1 it ran and the answer is no (declined, unhealthy); 2 wrong
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,10 @@ worklist_app = typer.Typer(help="The worklist: one row for each scan, what becam
 db_app = typer.Typer(help="The worklist's database.", no_args_is_help=True)
 app.add_typer(worklist_app, name="worklist")
 app.add_typer(db_app, name="db")
+audit_app = typer.Typer(help="What happened, and whether the record of it is whole.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
+quarantine_app = typer.Typer(help="Objects that are kept and not used until a person looks.", no_args_is_help=True)
+app.add_typer(quarantine_app, name="quarantine")
 models_app = typer.Typer(
     help="Weights: which there are, what they may be used for, installing them.", no_args_is_help=True
 )
@@ -45,6 +50,7 @@ Config = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines for a machine to read.")]
 RowId = Annotated[int, typer.Argument(help="The row's id, as `remnant worklist list` shows it.", metavar="ID")]
 Weights = Annotated[str, typer.Argument(help="A name, as `remnant models list` shows it, or a path.", metavar="NAME")]
+Quarantined = Annotated[str, typer.Argument(help="The id that `remnant quarantine list` shows.", metavar="ID")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 
@@ -156,6 +162,129 @@ def analyse(
     if not judged and not unjudged:
         errors.print("No iodine-131 neck scan was found in these files.", highlight=False)
     raise typer.Exit(DONE if judged and not unjudged else ANSWER_IS_NO)
+
+
+CohortFolder = Annotated[
+    Path, typer.Option("--cohort", help="Folder of DICOM objects, read recursively.", metavar="DIR")
+]
+Labels = Annotated[
+    Path,
+    typer.Option(help="CSV: label (residual, clean) and StudyInstanceUID or SOPInstanceUID.", metavar="CSV"),
+]
+
+
+@app.command()
+def train(
+    cohort: CohortFolder,
+    labels: Labels,
+    out: Annotated[Path, typer.Option(help="Folder for record, report and runs.", metavar="DIR")],
+    name: Annotated[str, typer.Option(help="Name of the weights record that is made.")] = "site-weights",
+    network: Annotated[
+        list[str] | None,
+        typer.Option(help="Networks; the first one makes the record. Default: the paper's three.", metavar="NAME"),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Start: none, imagenet, or a path (.json, .safetensors, .pth); NETWORK=START for one network.",
+            metavar="START",
+        ),
+    ] = None,
+    weights_folder: Annotated[
+        Path | None, typer.Option(help="Where torchvision's official files lie, for imagenet.", metavar="DIR")
+    ] = None,
+    groupings: Annotated[
+        int, typer.Option(help="Random 3:1 groupings of the protocol; 0: only the record.", min=0)
+    ] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of each training.", min=1)] = 80,
+    batch_size: Annotated[int, typer.Option(help="Network inputs in a batch.", min=2)] = 16,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Default 1e-5, the paper's; 1e-3 from random numbers.", min=1e-8, max=1.0)
+    ] = None,
+    head_only: Annotated[bool, typer.Option("--head-only", help="Train the new head alone.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of groupings and trainings.", min=0)] = 131,
+    sensitivity: Annotated[
+        float, typer.Option(help="Share of residual scans that the operating point must call.", min=0.5, max=1.0)
+    ] = 0.95,
+    undetermined: Annotated[
+        float, typer.Option(help="Share of scans the undetermined band may hold; 0: no band.", min=0.0, max=0.2)
+    ] = 0.02,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Fine-tune on your own labelled scans: a weights record for research, and the paper's protocol with its report.
+
+    Patients are divided, never images. Run again, it goes on where it was interrupted.
+    """
+    from dicom_node import training
+    from pipeline.hospital_training import TrainingPlan
+    from pipeline.protocol import PAPER_NETWORKS, ProtocolSettings
+
+    settings = load(config)
+    how = ProtocolSettings(
+        architectures=tuple(dict.fromkeys(network or PAPER_NETWORKS)),
+        groupings=groupings,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        frozen=head_only,
+        seed=seed,
+    )
+    plan = TrainingPlan(name, sensitivity, undetermined, settings.analysis.preprocessing)
+    errors = Console(stderr=True)
+
+    def say(line: str) -> None:
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with _bar(errors) as tell:
+        made = training.train(
+            _cohort_place(settings, cohort, labels, out),
+            how,
+            plan,
+            weights or (),
+            folder=weights_folder,
+            tell=tell,
+            say=say,
+        )
+    _print_made(made, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    cohort: CohortFolder,
+    labels: Labels,
+    out: Annotated[Path, typer.Option(help="Folder for report, scores and exclusions.", metavar="DIR")],
+    weights: Annotated[
+        str | None, typer.Option(help="Name or record; default: those of the settings.", metavar="NAME")
+    ] = None,
+    protocol: Annotated[
+        Path | None,
+        typer.Option(help="Folder `protocol` of a training, to be reported as well.", metavar="DIR"),
+    ] = None,
+    criteria: Annotated[
+        Path | None,
+        typer.Option("--accept", help="TOML of criteria; makes acceptance.json, and exit code 1 if one fails."),
+    ] = None,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Measure weights on your own labelled scans: every figure, stratum and curve, as HTML and PDF.
+
+    Exit code 1: a criterion of --accept does not hold.
+    """
+    from dicom_node import training
+
+    settings = load(config)
+    with _bar(Console(stderr=True)) as tell:
+        made = training.evaluate(
+            _cohort_place(settings, cohort, labels, out),
+            _weights_source(settings, weights) if weights else settings.weights,
+            protocol=protocol,
+            criteria=criteria,
+            tell=tell,
+        )
+    _print_made(made, as_json=as_json)
+    raise typer.Exit(ANSWER_IS_NO if made.acceptance is not None and not made.acceptance.passed else DONE)
 
 
 @app.command()
@@ -379,12 +508,21 @@ def db_upgrade(config: Config = None) -> None:
 
 
 @db_app.command("check")
-def db_check(as_json: AsJson = False, config: Config = None) -> None:
-    """Check the database's integrity and the chain of its history."""
-    from dicom_node import worklist
+def db_check(
+    files: Annotated[bool, typer.Option(help="Compare every file with its digest too; reads the whole spool.")] = True,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Check the database, the chain of its history, and every file against its digest and its row."""
+    from dicom_node import reconcile, spool, worklist
 
+    settings = load(config)
     with _Database(config) as engine:
-        faults = [*worklist.check(engine), *worklist.verify_events(engine)]
+        faults = [*worklist.check(engine), *worklist.verify_history(engine)]
+        if files:
+            store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+            read = _with_progress(reconcile.faulty_files(engine, store), Console(stderr=True), "reading files")
+            faults += [fault for fault in read if fault]
     for fault in faults:
         if as_json:
             _print_json({"fault": str(fault)})
@@ -393,6 +531,160 @@ def db_check(as_json: AsJson = False, config: Config = None) -> None:
     if not faults and not as_json:
         typer.echo("no faults found")
     raise typer.Exit(ANSWER_IS_NO if faults else DONE)
+
+
+@db_app.command("backup")
+def db_backup(
+    path: Annotated[Path, typer.Argument(help="File to write; it holds patient identity.", metavar="FILE")],
+    config: Config = None,
+) -> None:
+    """Write the whole worklist into one SQLite file and check it; the node may go on working."""
+    from dicom_node import worklist
+
+    with _Database(config) as engine:
+        worklist.backup(engine, path)
+    typer.echo(f"wrote {path}; copy the folders spool and results after it, not before")
+
+
+@db_app.command("restore")
+def db_restore(
+    path: Annotated[Path, typer.Argument(help="A file that `remnant db backup` wrote.", metavar="FILE")],
+    config: Config = None,
+) -> None:
+    """Make the worklist that of a backup, with the node stopped. What came since is entered again from the spool."""
+    from dicom_node import spool, worklist
+    from dicom_node.service import stopped
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with stopped(store):
+        aside = worklist.restore(settings.database_url, path)
+    typer.echo("restored" + (f"; what was there lies in {aside}" if aside else ""))
+    typer.echo("the node enters what it finds in the spool when it starts")
+
+
+@db_app.command("copy")
+def db_copy(
+    url: Annotated[str, typer.Argument(help="An empty database: postgresql+psycopg://... or sqlite:///FILE.")],
+    config: Config = None,
+) -> None:
+    """Copy the whole worklist into another database, with the node stopped, and compare every line."""
+    from dicom_node import spool, worklist
+    from dicom_node.service import stopped
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with stopped(store), _Database(config) as engine:
+        if worklist.other_sessions(engine):
+            raise RemnantError("A node on another machine uses this database.", hint="Stop it first.")
+        target = worklist.open_worklist(url, busy_timeout_s=settings.database.busy_timeout_s)
+        try:
+            copied = worklist.copy(engine, target)
+        finally:
+            target.dispose()
+    typer.echo(", ".join(f"{count} {table}" for table, count in copied.items()))
+    typer.echo("to use it, give its URL as [database] url in the settings")
+
+
+@audit_app.command("verify")
+def audit_verify(
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="Digest of a checkpoint from the log that must be among them.", metavar="SHA256"),
+    ] = None,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Find an event that was changed, removed or added since it was written. Exit code 1 where there is one."""
+    from dicom_node import worklist
+
+    with _Database(config) as engine:
+        faults = list(worklist.verify_history(engine))
+        made = worklist.checkpoints(engine)
+    known = {one.sha256 for one in made}
+    faults += [f"there is no checkpoint {digest}: the history is older than it" for digest in checkpoint or ()
+               if digest not in known]  # fmt: skip
+    for fault in faults:
+        if as_json:
+            _print_json({"fault": fault})
+        else:
+            typer.echo(fault)
+    if not faults and not as_json:
+        last = f"; the last of {len(made)} checkpoints covers {made[-1]}" if made else "; there is no checkpoint yet"
+        typer.echo(f"every event is as it was written{last}")
+    raise typer.Exit(ANSWER_IS_NO if faults else DONE)
+
+
+@quarantine_app.command("list")
+def quarantine_list(as_json: AsJson = False, config: Config = None) -> None:
+    """Show what is kept and not used, and why; without patient identity."""
+    from dicom_node import quarantine, spool
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        found = [quarantine.shown(one, identity=False) for one in quarantine.held(engine, store)]
+    if as_json:
+        for one in found:
+            _print_json(one)
+        return
+    names = ("id", "why", "scan_id", "sop_instance_uid", "source_aet", "received_at", "size_bytes")
+    table = Table(*names)
+    for one in found:
+        table.add_row(*(_shown(name, one.get(name)) for name in names))
+    Console().print(table)
+
+
+@quarantine_app.command("show")
+def quarantine_show(
+    which: Quarantined,
+    identity: Annotated[bool, typer.Option("--identity", help="Patient and order too.")] = False,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """Show one object: where its file is, why it is here, and what its header says."""
+    from dicom_node import quarantine, spool
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        told = quarantine.shown(quarantine.one_held(engine, store, which), identity=identity)
+    if as_json:
+        _print_json(told)
+    else:
+        _print_pairs(Console(), told)
+
+
+@quarantine_app.command("release")
+def quarantine_release(which: Quarantined, config: Config = None) -> None:
+    """Put an object to work: it takes the place of the one whose UID it has, as a new revision."""
+    from dicom_node import quarantine, spool
+    from dicom_node.wake import Bell
+
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        receipt = quarantine.release(engine, store, settings, which)
+    Bell(store.run / "worker.bell").ring()
+    typer.echo(f"released into row {receipt.scan_id}, which is {receipt.state}")
+
+
+@quarantine_app.command("discard")
+def quarantine_discard(
+    which: Quarantined,
+    reason: Annotated[str, typer.Option(help="Why; no patient data, it stays in the history for ever.")],
+    config: Config = None,
+) -> None:
+    """Remove the bytes of an object for good; the history keeps its digest and the reason."""
+    from dicom_node import quarantine, spool
+
+    if not reason.strip():
+        raise WrongUse("--reason: say why, in a few words.")
+    settings = load(config)
+    store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
+    with _Database(config) as engine:
+        quarantine.discard(engine, store, which, reason.strip())
+    typer.echo("discarded")
 
 
 @models_app.command("list")
@@ -492,6 +784,86 @@ def models_install(
         raise typer.Exit(ANSWER_IS_NO) from error
     typer.echo(f"installed {record.name} ({record.release}) in {place.record_path.parent}")
     typer.echo(f'to use it: [model] weights = "{record.name}" in the settings, then start the node again')
+
+
+@models_app.command("accept")
+def models_accept(
+    record: Annotated[Path, typer.Argument(help="The record's .json file, its tensors beside it.", metavar="RECORD")],
+    report: Annotated[Path, typer.Option(help="acceptance.json of `remnant evaluate --accept`.", metavar="FILE")],
+    signed_by: Annotated[str, typer.Option(help="Who answers for it: a name.")],
+    camera: Annotated[str, typer.Option(help="The camera it is accepted for.")],
+    name: Annotated[str, typer.Option(help="Name of the accepted weights; another than before.")],
+    out: Annotated[Path, typer.Option(help="Folder for the accepted record.", metavar="DIR")],
+    config: Config = None,
+) -> None:
+    """Make a record of release "local" from weights whose evaluation met every criterion, signed by name.
+
+    Refused: other weights or preprocessing than were evaluated, a criterion that does not hold, simulated scans.
+    """
+    from dicom_node import training
+    from pipeline.acceptance import AcceptanceError
+
+    load(config)
+    try:
+        path = training.accept(record, report, signed_by=signed_by, camera=camera, name=name, out=out)
+    except AcceptanceError as error:
+        typer.echo(f"remnant: not accepted: {error}", err=True)
+        raise typer.Exit(ANSWER_IS_NO) from error
+    typer.echo(f"accepted as {name} in {path}")
+    typer.echo(f"to install it: remnant models install {path}")
+
+
+def _cohort_place(settings: Settings, cohort: Path, labels: Path, out: Path) -> Any:
+    from dicom_node.training import CohortPlace
+
+    analysis = settings.analysis
+    return CohortPlace(cohort, labels, out, analysis.pair_window_s, analysis.require_views)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for what a long command tells; on a terminal only."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def tell(what: str, done: int, whole: int) -> None:
+            bar.update(task, description=what, completed=done, total=whole)
+
+        yield tell
+
+
+def _print_made(made: Any, *, as_json: bool) -> None:
+    from dicom_node import training
+
+    for one in made.excluded:
+        if as_json:
+            _print_json({"kind": "excluded"} | dict(training.excluded_as_json(one)))
+        else:
+            typer.echo(f"left out  {one.what}: {one.detail} ({one.reason})")
+    figures = training.figures_as_json(made.figures)
+    if as_json:
+        for one in made.scored:
+            _print_json({"kind": "scan"} | training.scored_as_json(one))
+        _print_json({"kind": "figures"} | figures)
+        record = None if made.trained is None else str(made.trained.record_path)
+        passed = None if made.acceptance is None else made.acceptance.passed
+        _print_json({"kind": "made", "report": str(made.report), "record": record, "accepted": passed})
+        return
+    for name in ("scans", "accuracy", "sensitivity", "specificity", "auc", "undetermined", "declined"):
+        value, low, high = figures[name], figures.get(f"{name}_low"), figures.get(f"{name}_high")
+        told = "not defined" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        typer.echo(f"{name:<14}{told}" + ("" if low is None else f"  (95 % {low:.4f} to {high:.4f})"))
+    if made.acceptance is not None:
+        for one in made.acceptance.criteria:
+            limit = f"{'at least' if one.least else 'at most'} {one.limit:g}"
+            found = "not defined" if one.found is None else f"{one.found:.4f}"
+            typer.echo(f"{'pass' if one.passed else 'FAIL'}  {one.name}: {found}, {limit}")
+    if made.trained is not None:
+        typer.echo(f"wrote {made.trained.record_path}; to use it: remnant models install {made.trained.record_path}")
+    typer.echo(f"wrote {made.report} and report.pdf beside it")
 
 
 def _weights_source(settings: Settings, name: str) -> str:
@@ -635,13 +1007,13 @@ def _print_verdict(console: Console, verdict: Any, release: str, load_ms: float)
         line(f"  wrote         {path}")
 
 
-def _with_progress(items: Iterable[Any], console: Console) -> Iterable[Any]:
+def _with_progress(items: Iterable[Any], console: Console, what: str = "analysing") -> Iterable[Any]:
     from rich.progress import track
 
     if not sys.stderr.isatty():
         return items
     listed: Callable[..., Iterable[Any]] = track
-    return listed(items, description="analysing", console=console, transient=True)
+    return listed(items, description=what, console=console, transient=True)
 
 
 if __name__ == "__main__":

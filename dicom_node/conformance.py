@@ -124,12 +124,14 @@ def _networking(settings: Settings) -> list[str]:
                 ),
                 (
                     "associations at once",
-                    f"{limits.max_associations}; further ones are rejected as transient",
+                    f"{limits.max_associations}, {limits.max_associations_per_peer} of them for one address or one "
+                    "calling AE title; further ones are rejected as transient",
                     "1 for each destination",
                 ),
                 (
                     "time-outs",
-                    f"aborted after {limits.idle_timeout_s:g} s without a message",
+                    f"10 s for the association request, 10 s for the rest of a PDU; aborted after "
+                    f"{limits.idle_timeout_s:g} s without a message",
                     f"{delivery.timeout_s:g} s for connection, association and response, more for large objects; then "
                     "abort, and sent again",
                 ),

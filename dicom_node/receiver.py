@@ -10,24 +10,16 @@ Everything that goes wrong becomes a status for the peer: what may pass is A700 
 
 import time
 from ipaddress import ip_address, ip_network
-from typing import cast
 
-from pydicom.dataset import FileMetaDataset
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_file_meta_info
-from pydicom.uid import UID
-from pynetdicom import AE, evt
-from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.pdu_primitives import A_ASSOCIATE
-from pynetdicom.transport import ThreadedAssociationServer
 from sqlalchemy import Engine
 
 from dicom_node import log, spool, worklist
 from dicom_node.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, accepted_contexts
 from dicom_node.errors import RemnantError
+from dicom_node.part10 import part_10_header
 from dicom_node.settings import Settings, Source
 from dicom_node.spool import Spool
-from dicom_node.transport import listen
+from dicom_node.transport import C_STORE_RQ, Limits, Peer, Refusal, Request, Server, Service, listen
 from dicom_node.uids import valid_uid
 from dicom_node.wake import Bell
 from pipeline.views import UnreadableHeader, header_facts
@@ -41,10 +33,11 @@ CANNOT_UNDERSTAND = 0xC000
 HEADER_LIMIT = 256 * 1024
 """Bytes of a dataset that are read for its header; a camera's header with private groups has about 20 KiB."""
 
-# Result, source, diagnostic of an A-ASSOCIATE-RJ: PS3.8 table 9-21.
-_UNKNOWN_CALLING = (0x01, 0x01, 0x03)
-_UNKNOWN_CALLED = (0x01, 0x01, 0x07)
-_TOO_MANY = (0x02, 0x03, 0x02)
+# PS3.8 table 9-21: rejected for good, by the service user.
+_UNKNOWN_CALLING = Refusal(1, 1, 3, "calling AE title and address are not those of a source")
+_UNKNOWN_CALLED = Refusal(1, 1, 7, "unknown called AE title")
+
+_STOP_S = 9.0  # below the time after which `serve` kills a role
 
 _log = log.get("receiver")
 
@@ -64,112 +57,97 @@ class Receiver:
             views_timeout_s=analysis.views_timeout_s,
             timezone=settings.zone,
         )
-        self._ae = AE(ae_title=settings.node.ae_title)
-        self._ae.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-        self._ae.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        # The bound is checked in `_on_requested`, where a refusal can be logged; the library's own stands above it.
-        self._ae.maximum_associations = settings.receiver.max_associations + 128
-        self._ae.acse_timeout = 15
-        self._ae.dimse_timeout = settings.receiver.idle_timeout_s
-        self._ae.network_timeout = settings.receiver.idle_timeout_s
-        self._contexts = accepted_contexts(settings.receiver.extra_classes, settings.receiver.extra_syntaxes)
-        self._server: ThreadedAssociationServer | None = None
+        self._server: Server | None = None
 
     def start(self) -> tuple[str, int]:
         """Listen; return the address really bound. Raises RemnantError where it cannot be."""
         address = (self._settings.listen_host, self._settings.node.port)
         if address[0] != self._settings.node.host:
             _log.warning("listening_on_loopback_only", why="no [[sources]] is configured")
-        handlers = [
-            (evt.EVT_REQUESTED, self._on_requested),
-            (evt.EVT_C_ECHO, self._on_echo),
-            (evt.EVT_C_STORE, self._on_store),
-        ]
+        receiver = self._settings.receiver
+        service = Service(
+            contexts=accepted_contexts(receiver.extra_classes, receiver.extra_syntaxes),
+            implementation_class_uid=IMPLEMENTATION_CLASS_UID,
+            implementation_version_name=IMPLEMENTATION_VERSION_NAME,
+            limits=Limits(
+                idle_s=receiver.idle_timeout_s,
+                associations=receiver.max_associations,
+                associations_per_peer=receiver.max_associations_per_peer,
+                object_bytes=int(receiver.max_object),
+            ),
+            admit=self._admit,
+            handlers={C_STORE_RQ: self._on_store},
+        )
         try:
-            self._server = server = listen(self._ae, address, self._contexts, handlers)
+            self._server = server = listen(address, service)
         except OSError as error:
             raise RemnantError(
                 f"The receiver cannot listen on {address[0]} port {address[1]}: {error.strerror or error}.",
                 hint="Is another node running? Choose another [node] port.",
             ) from error
-        host, port = server.server_address[:2]
+        host, port = server.address
         _log.info("listening", host=host, port=port, ae_title=self._settings.node.ae_title)
-        return str(host), int(port)
+        return host, port
 
     def stop(self) -> None:
-        """Stop accepting, let the C-STORE on each association end, abort what remains."""
+        """Stop accepting, let a C-STORE under way come to its status, abort what remains: within about 10 s."""
         if self._server is not None:
-            self._server.shutdown()
-        for assoc in self._ae.active_associations:
-            assoc.abort()
+            self._server.stop(_STOP_S)
 
-    def _on_requested(self, event: evt.Event) -> None:
-        """Admit or reject an association, and say why in the log (PS3.8 9.3.4)."""
-        assoc = event.assoc
-        request = cast(A_ASSOCIATE, assoc.requestor.primitive)
-        calling, called = str(request.calling_ae_title).strip(), str(request.called_ae_title).strip()
-        address = assoc.requestor.address
-        refusal: tuple[tuple[int, int, int], str] | None = None
-        if called != self._settings.node.ae_title:
-            refusal = _UNKNOWN_CALLED, "unknown called AE title"
-        elif not admitted(self._settings.sources, calling, address):
-            refusal = _UNKNOWN_CALLING, "calling AE title and address are not those of a source"
-        elif len(self._ae.active_associations) > self._settings.receiver.max_associations:
-            refusal = _TOO_MANY, "too many associations"
-        if refusal is None:
-            return
-        _log.warning("association_refused", calling=calling, called=called, address=address, why=refusal[1])
-        assoc.acse.send_reject(*refusal[0])
-        # Only queued so far, and the library closes the socket as soon as we return. `kill` waits until the peer has
-        # closed its end, or the ACSE timeout has passed: a camera that sees "closed" cannot tell its admin why.
-        assoc.kill()
+    def _admit(self, peer: Peer) -> Refusal | None:
+        if peer.called_ae_title != self._settings.node.ae_title:
+            return _UNKNOWN_CALLED
+        if not admitted(self._settings.sources, peer.calling_ae_title, peer.address):
+            return _UNKNOWN_CALLING
+        return None
 
-    def _on_echo(self, event: evt.Event) -> int:
-        return SUCCESS
-
-    def _on_store(self, event: evt.Event) -> int:
+    def _on_store(self, request: Request) -> int:
         """Take one object (PS3.4 B.2.3); return the status."""
         started = time.monotonic()
-        request = cast(C_STORE, event.request)
-        uid = str(request.AffectedSOPInstanceUID)
-        source_aet = event.assoc.requestor.ae_title.strip()
         try:
-            status, fields = self._take(event, request, source_aet)
+            status, fields = self._take(request)
         except RemnantError as error:
             status = OUT_OF_RESOURCES if error.retry else PROCESSING_FAILURE
             fields = {"error": str(error)}
         except Exception:  # noqa: BLE001 - whatever it was, the peer gets a status, its queue goes on, and we get a trace
-            _log.exception("store_failed", sop_instance_uid=uid)
+            _log.exception("store_failed", sop_instance_uid=request.sop_instance_uid)
             return PROCESSING_FAILURE
         speak = _log.info if status == SUCCESS else _log.warning
         speak(
             "stored" if status == SUCCESS else "store_refused",
-            sop_instance_uid=uid,
-            source_aet=source_aet,
+            sop_instance_uid=request.sop_instance_uid,
+            source_aet=request.peer.calling_ae_title,
             status=f"{status:04X}",
             took_ms=round(1000 * (time.monotonic() - started), 1),
             **fields,
         )
         return status
 
-    def _take(self, event: evt.Event, request: C_STORE, source_aet: str) -> tuple[int, dict[str, object]]:
-        class_uid, instance_uid = str(request.AffectedSOPClassUID), str(request.AffectedSOPInstanceUID)
+    def _take(self, request: Request) -> tuple[int, dict[str, object]]:
+        class_uid, instance_uid = request.sop_class_uid, request.sop_instance_uid
         if not (valid_uid(class_uid) and valid_uid(instance_uid)):
             return CANNOT_UNDERSTAND, {"why": "the command's UIDs are not UIDs"}
-        transfer_syntax_uid = str(event.context.transfer_syntax)
-        dataset = event.encoded_dataset(include_meta=False)
+        if class_uid != request.abstract_syntax_uid:
+            return DOES_NOT_MATCH, {"why": "command and presentation context disagree on the class"}
+        if request.excess == "object":
+            return CANNOT_UNDERSTAND, {"why": "the object is longer than receiver.max_object"}
+        if request.excess:
+            return OUT_OF_RESOURCES, {"why": "too many objects are being received at once"}
+        transfer_syntax_uid, dataset = request.transfer_syntax_uid, request.data
         try:
             facts = header_facts(dataset[:HEADER_LIMIT], transfer_syntax_uid)
         except UnreadableHeader as error:
             return CANNOT_UNDERSTAND, {"why": str(error)}
         if (facts.sop_class_uid, facts.sop_instance_uid) != (class_uid, instance_uid):
             return DOES_NOT_MATCH, {"why": "command and dataset disagree on class or instance"}
-        preamble = _preamble(class_uid, instance_uid, transfer_syntax_uid)
+        preamble = part_10_header(class_uid, instance_uid, transfer_syntax_uid)
         name, digest = spool.put_object(self._spool, preamble, dataset)
         stored = worklist.Stored(
             spool_name=name, sha256=digest, size_bytes=len(dataset), transfer_syntax_uid=transfer_syntax_uid
         )
-        receipt = worklist.receive(self._engine, facts, stored, source_aet=source_aet, rules=self._rules)
+        receipt = worklist.receive(
+            self._engine, facts, stored, source_aet=request.peer.calling_ae_title, rules=self._rules
+        )
         if receipt.queued:
             self._worker_bell.ring()
         for alarm in receipt.alarms:
@@ -189,16 +167,3 @@ def admitted(sources: tuple[Source, ...], calling: str, address: str) -> bool:
         and (not source.hosts or any(peer in ip_network(host, strict=False) for host in source.hosts))
         for source in sources
     )
-
-
-def _preamble(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> bytes:
-    """Return preamble, prefix and file meta information of a Part 10 file (PS3.10 7.1)."""
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = UID(sop_class_uid)
-    meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
-    meta.TransferSyntaxUID = UID(transfer_syntax_uid)
-    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
-    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
-    buffer = DicomBytesIO()
-    write_file_meta_info(buffer, meta)
-    return b"\0" * 128 + b"DICM" + buffer.getvalue()

@@ -11,6 +11,7 @@ comes second finds it there. So it runs at the worker's start and with every pur
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +117,35 @@ def reconcile(engine: Engine, store: Spool, rules: worklist.IntakeRules) -> Reco
         worklist.record_event(engine, "node", f"spool and worklist compared: {done}")
         _log.warning("reconciled", what=str(done))
     return done
+
+
+def faulty_files(engine: Engine, store: Spool) -> Iterator[str]:
+    """Compare every file with the digest in its row, and every object's header with whose its row is; yield a sentence
+    for each fault, and "" for each file that is well. Reads the whole spool; changes nothing."""
+    whose = worklist.patients_and_studies(engine)
+    for kept in worklist.kept_files(engine):
+        if kept.purged_at is not None:
+            continue
+        received = kept.kind == "instance"
+        path = (store.objects if received else store.results) / kept.file_name
+        what = f"{'object' if received else 'result'} {kept.sha256} of scan {kept.scan_id}"
+        found = spool.dataset_digest(path) if received else spool.file_digest(path)
+        if found is None:
+            yield f"{what} is missing or cannot be read"
+        elif found != kept.sha256:
+            yield f"{what} is not what it was: its bytes have another digest"
+        elif received and kept.id in whose and _names_another(path, kept, whose[kept.id]):
+            yield f"{what} names another patient or study than its row"
+        else:
+            yield ""
+
+
+def _names_another(path: Path, kept: worklist.KeptFile, whose: tuple[str, str, str]) -> bool:
+    orphan = read_orphan(path, kept.file_name)
+    if isinstance(orphan, str):
+        return False  # its row was made from what could be read when it came
+    said = worklist.storable(orphan.facts)
+    return (said.patient_id, said.issuer_of_patient_id, said.study_instance_uid) != whose
 
 
 def _wrong_size(kept: worklist.KeptFile, file: StoredFile) -> bool:

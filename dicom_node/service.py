@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -261,6 +261,17 @@ def _lock(path: Path, *, wait_s: float, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def stopped(store: Spool) -> Iterator[None]:
+    """Hold every role of this storage folder, so that none can start. Raises RemnantError where one runs."""
+    with ExitStack() as held:
+        for role in ROLES:
+            held.enter_context(
+                _lock(store.run / f"{role}.lock", wait_s=0, what=f"the role {role} of this storage folder")
+            )
+        yield
+
+
 def _announce(store: Spool, role: Role, **facts: object) -> None:
     """Say that a role is ready, in a file that tools and tests can wait for."""
     path = store.run / f"{role}.json"
@@ -289,6 +300,7 @@ def _ticks(house: House, wake: Callable[[], None]) -> "BackgroundScheduler":
         ("expired leases", observer.look, LEASE_S / 5),
         ("reconcile", lambda: _reconcile(house), 3600.0),
         ("purge", lambda: _purge(house), 3600.0),
+        ("checkpoint", lambda: _checkpoint(house), 3600.0),
         ("health", lambda: _health(house), 60.0),
     )
     for name, job, every_s in jobs:
@@ -334,6 +346,14 @@ class _LeaseObserver:
 def _reconcile(house: House) -> bool:
     """Bring spool and worklist together; True where the worker may have something to do."""
     return reconcile.reconcile(house.engine, house.spool, reconcile.rules_of(house.settings)).adopted > 0
+
+
+def _checkpoint(house: House) -> bool:
+    """Once a day, fix the ends of all histories; the log carries the digest out of the house."""
+    made = worklist.checkpoint(house.engine)
+    if made is not None:
+        _log.info("checkpoint", last_event=made.last, histories=made.histories, sha256=made.sha256)
+    return False
 
 
 def _purge(house: House) -> bool:

@@ -122,6 +122,10 @@ class Receiver(_Section):
     """Seconds without a message before an association is aborted; a camera between two views needs a few."""
     max_associations: PositiveInt = 200
     """Associations at the same time; further ones are rejected as transient, so that the peer tries again."""
+    max_associations_per_peer: PositiveInt = 150
+    """Of them, for one address or one calling AE title: a device that runs wild leaves room for the others."""
+    max_object: Size = ByteSize(256 * 1024**2)
+    """Longest object to take, read into memory and refused (C000) beyond; a neck scan has 265 kB, a CT slice 0.5 MB."""
 
 
 class Storage(_Section):
@@ -346,7 +350,7 @@ class Settings(BaseSettings):
         return ZoneInfo(self.node.timezone or _system_zone())
 
 
-OUR_CODES = tuple(f"RMN{number:03d}" for number in range(1, 8))
+OUR_CODES = tuple(f"RMN{number:03d}" for number in range(1, 9))
 
 
 def load(path: Path | None = None) -> Settings:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 class Identity:
     """Patient, study and order as decoded text without padding; "" where there is none.
 
-    `patient_birth_date` and `patient_sex` go with an identity and are not compared: archives complete them.
+    `patient_birth_date` and `patient_sex` go with an identity and are not compared: archives complete and correct them,
+    and where PatientID, issuer, name and accession number agree, the result is in the right record all the same.
     """
 
     study_instance_uid: str

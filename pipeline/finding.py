@@ -13,6 +13,22 @@ from numpy.typing import NDArray
 
 ViewName = Literal["anterior", "posterior"]
 Verdict = Literal["present", "absent", "undetermined"]
+FocusSite = Literal[
+    "bed_left",
+    "bed_right",
+    "bed_midline",
+    "above_bed",
+    "below_bed",
+    "lateral_left",
+    "lateral_right",
+    "salivary_left",
+    "salivary_right",
+    "mouth_or_nose",
+    "elsewhere",
+]
+"""Where a focus lies against the thyroid bed; left and right are the patient's."""
+FocusDepth = Literal["surface", "neck", "deep", ""]
+""""surface": nothing of it behind, so it may be contamination of the skin; "" where the counts do not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +116,65 @@ class ModelFacts:
     intended_use: str
 
 
+@dataclass(frozen=True, slots=True)
+class FocusView:
+    """A focus of uptake as one view shows it.
+
+    Attributes
+    ----------
+    position: (x, y) in native pixels of the view as received.
+    seen: whether it stands out in this view by itself; else `position` is where the other view puts it.
+    significance: curvature over its counting noise, in standard deviations.
+    area_mm2: at half its height, as the camera shows it, the camera's blur included; 0.0 where it is not `seen`.
+    counts, counts_sd: within 12 mm, above the surroundings, with one standard deviation of counting.
+    """
+
+    view: ViewName
+    position: tuple[float, float]
+    seen: bool
+    significance: float
+    area_mm2: float
+    counts: float
+    counts_sd: float
+
+
+@dataclass(frozen=True, slots=True)
+class Focus:
+    """A focus of uptake, found from the counts alone: the network neither uses it nor is judged by it.
+
+    `number` counts from 1, the most significant first, and is the same in both views. `posterior_to_anterior` is the
+    ratio of its counts, None where a view is missing or the counts are too few.
+    """
+
+    number: int
+    site: FocusSite
+    depth: FocusDepth
+    significance: float
+    posterior_to_anterior: float | None
+    views: tuple[FocusView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Uptake:
+    """Uptake of the thyroid bed in percent of the administered activity, corrected for decay.
+
+    `percent_sd` is one standard deviation of counting and of the neck's thickness; that of the calibration, which a
+    physicist made, is not in it. `method` is a sentence for the reader: geometry, calibration, limits.
+    """
+
+    percent: float
+    percent_sd: float
+    method: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Finding:
     """The answer for one acquisition.
 
     `probability` is the fused probability of residual thyroid tissue, 0 to 1; "present" from `threshold` up, "absent"
     below, "undetermined" within `undetermined_band` (low, high) where the weights record has one.
+    `foci` are None where they were not searched; empty says that none stood out. `uptake` is None where dose, time or
+    calibration are not known.
     """
 
     finding: Verdict
@@ -119,6 +188,8 @@ class Finding:
     seed: int
     flags: tuple[str, ...] = ()
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    foci: tuple[Focus, ...] | None = None
+    uptake: Uptake | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

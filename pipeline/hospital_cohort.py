@@ -36,6 +36,7 @@ WHY: Final = {
     "ambiguous_label": "its study holds several scans; label each by SOPInstanceUID",
     "conflicting_label": "its labels contradict each other",
     "bad_label": "the line has no usable label or UID",
+    "trained_on": "its patient was used to make these weights, so that it cannot measure them",
     "label_without_scan": "no object that could be read has this UID",
 }
 """Every reason for which a file or a line is not in the cohort: a closed list."""

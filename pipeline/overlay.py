@@ -18,13 +18,13 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline import wording
 from pipeline.finding import Box, Declined, Finding, ModelFacts, ViewFinding, ViewImage
 
-WIDTH, HEIGHT = 1024, 768
-MARGIN = 50
-"""Pixels left free at the top and the bottom: viewers write their own text there."""
+WIDTH, HEIGHT = 1024, 800
+HEAD, FOOT = 80, 50
+"""Pixels left free at the top and the bottom: viewers put text of their own there, at the top also a bar."""
 
 _MAIN, _SMALL, _GAP = 330, 150, 8
 _CONTEXT = 1.3  # how much of the neck around the analysed box the main panel shows
-_TOP = 256  # first row of the panels
+_TOP = HEAD + 206  # first row of the panels
 
 _Colour = tuple[int, int, int]
 _WHITE: _Colour = (255, 255, 255)
@@ -62,7 +62,7 @@ class _Region:
 
 
 def draw(outcome: Finding | Declined, model: ModelFacts | None = None, *, colour: bool = True) -> NDArray[np.uint8]:
-    """Return the picture: shape (768, 1024, 3), RGB; or (768, 1024), grey levels, where `colour` is False.
+    """Return the picture: shape (800, 1024, 3), RGB; or (800, 1024), grey levels, where `colour` is False.
 
     `model` names the weights on the picture of a Declined; a Finding brings its own.
     """
@@ -90,39 +90,39 @@ def _places(count: int) -> tuple[int, ...]:
 
 def _draw_release(pen: ImageDraw.ImageDraw, model: ModelFacts | None, palette: _Palette) -> None:
     if model is not None and model.release != "local":
-        _line(pen, MARGIN + 4, wording.RELEASES[model.release], 22, palette.release, WIDTH - 40)
+        _line(pen, HEAD + 4, wording.RELEASES[model.release], 22, palette.release, WIDTH - 40)
     else:
-        _line(pen, MARGIN + 4, "Remnant: iodine-131 neck scan", 22, _GREY, WIDTH - 40)
+        _line(pen, HEAD + 4, "Remnant: iodine-131 neck scan", 22, _GREY, WIDTH - 40)
 
 
 def _draw_verdict(pen: ImageDraw.ImageDraw, finding: Finding, palette: _Palette) -> None:
     shade = {"present": palette.present, "absent": palette.absent, "undetermined": palette.undetermined}[
         finding.finding
     ]
-    _line(pen, 86, wording.verdict_line(finding), 52, shade, WIDTH - 40)
-    _line(pen, 148, wording.probability_line(finding), 27, _WHITE, WIDTH - 40)
+    _line(pen, HEAD + 36, wording.verdict_line(finding), 52, shade, WIDTH - 40)
+    _line(pen, HEAD + 98, wording.probability_line(finding), 27, _WHITE, WIDTH - 40)
     _draw_scale(pen, finding, shade)
 
 
 def _draw_scale(pen: ImageDraw.ImageDraw, finding: Finding, shade: _Colour) -> None:
     """Draw 0 to 100 % as a bar: filled up to the probability, with a mark at the threshold."""
-    left, right, top, bottom = 212, 812, 190, 206
+    left, right, top, bottom = 212, 812, HEAD + 140, HEAD + 156
     pen.rectangle((left, top, right, bottom), outline=_GREY, width=1)
     reach = left + (right - left) * finding.probability
     pen.rectangle((left, top, reach, bottom), fill=shade)
     mark = left + (right - left) * finding.threshold
     pen.line((mark, top - 5, mark, bottom + 5), fill=_BLACK, width=5)
     pen.line((mark, top - 5, mark, bottom + 5), fill=_WHITE, width=3)
-    pen.text((left - 10, 198), "0 %", font=_font(16), fill=_WHITE, anchor="rm")
-    pen.text((right + 10, 198), "100 %", font=_font(16), fill=_WHITE, anchor="lm")
+    pen.text((left - 10, HEAD + 148), "0 %", font=_font(16), fill=_WHITE, anchor="rm")
+    pen.text((right + 10, HEAD + 148), "100 %", font=_font(16), fill=_WHITE, anchor="lm")
 
 
 def _draw_refusal(pen: ImageDraw.ImageDraw, declined: Declined, palette: _Palette) -> None:
-    pen.rectangle((20, 84, WIDTH - 20, 220), fill=palette.declined, outline=_WHITE, width=3)
-    _line(pen, 88, wording.verdict_line(declined), 56, _WHITE, WIDTH - 60)
+    pen.rectangle((20, HEAD + 34, WIDTH - 20, HEAD + 170), fill=palette.declined, outline=_WHITE, width=3)
+    _line(pen, HEAD + 38, wording.verdict_line(declined), 56, _WHITE, WIDTH - 60)
     reason = wording.reason_line(declined).removeprefix("Not analysed: ")
-    _line(pen, 154, reason[:1].upper() + reason[1:], 26, _WHITE, WIDTH - 60)
-    _line(pen, 187, "There is no result for this scan. This is NOT a negative result.", 22, _WHITE, WIDTH - 60)
+    _line(pen, HEAD + 104, reason[:1].upper() + reason[1:], 26, _WHITE, WIDTH - 60)
+    _line(pen, HEAD + 137, "There is no result for this scan. This is NOT a negative result.", 22, _WHITE, WIDTH - 60)
 
 
 def _draw_view(
@@ -180,7 +180,7 @@ def _draw_foot(pen: ImageDraw.ImageDraw, outcome: Finding | Declined, model: Mod
         _, which, trained, *_ = wording.model_lines(model)
         lines += [(trained, 17, _WHITE), (which, 15, _GREY)]
     height = sum(size + 5 for _, size, _ in lines)
-    y = HEIGHT - MARGIN - height
+    y = HEIGHT - FOOT - height
     for text, size, shade in lines:
         _line(pen, y, text, size, shade, WIDTH - 28)
         y += size + 5

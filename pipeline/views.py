@@ -872,11 +872,12 @@ def _spacing(node: _Node) -> tuple[float, float] | None:
 def _acquired_at(node: _Node) -> datetime | None:
     """AcquisitionDate and -Time, else AcquisitionDateTime. Never the series' or content's: they are not of the view."""
     date, time = node.only("AcquisitionDate").replace(".", ""), node.only("AcquisitionTime").replace(":", "")
-    apart = _moment(date + time) if date and time else None
-    return apart or _moment(re.split("[+-]", node.only("AcquisitionDateTime"))[0])
+    apart = moment_of(date + time) if date and time else None
+    return apart or moment_of(re.split("[+-]", node.only("AcquisitionDateTime"))[0])
 
 
-def _moment(text: str) -> datetime | None:
+def moment_of(text: str) -> datetime | None:
+    """Date and time as DICOM writes them (DT, or DA and TM joined), naive; None for all else, an offset included."""
     match = re.fullmatch(r"(\d{4})(\d{2})(\d{2})(\d{2})(\d{2})?(\d{2})?(?:\.(\d{1,6}))?", text, re.ASCII)
     if match is None:
         return None

@@ -38,17 +38,21 @@ def ascii_text(text: str) -> str:
 
 
 def percent(value: float, *limits: float) -> str:
-    """Return `value` (0 to 1) in percent as text, with two decimals, or as many as keep it on its side of `limits`.
+    """Return `value` (0 to 1) in percent as text: the nearest two decimals that lie on its side of `limits`.
 
-    A probability of 0.49999 is "absent" at a threshold of 0.5, and must not be shown as "50.00"; nor one of 0.99999 as
-    "100.00", which would read as certainty.
+    A probability of 0.49999 is "absent" at a threshold of 0.5, and must not be shown as "50.00" but as "49.99"; nor one
+    of 0.99999 as "100.00", which would read as certainty, but as "99.99". Two decimals, because viewers cut or round to
+    them. So the text is at most 0.015 away from the value.
     """
+    shown_limits = [float(percent(limit)) for limit in limits]
     for decimals in range(2, _MAX_DECIMALS + 1):
-        text = f"{100 * value:.{decimals}f}"
-        shown = round(100 * value, decimals)
-        certain = (shown >= 100) == (value >= 1) and (shown <= 0) == (value <= 0)
-        if certain and all((shown >= round(100 * limit, decimals)) == (value >= limit) for limit in limits):
-            break
+        nearest = round(100 * value, decimals)
+        for shown in (nearest, nearest - 10**-decimals, nearest + 10**-decimals):
+            text = f"{shown:.{decimals}f}"
+            certain = (float(text) >= 100) == (value >= 1) and (float(text) <= 0) == (value <= 0)
+            sides = zip(limits, shown_limits, strict=True)
+            if certain and all((float(text) >= as_shown) == (value >= limit) for limit, as_shown in sides):
+                return text
     return text
 
 

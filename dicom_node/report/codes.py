@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from pydicom.sr.coding import Code
 
+from pipeline.finding import FocusSite
+
 PRIVATE_SCHEME = "99REMNANT"
 PRIVATE_SCHEME_UID = "2.25.288864358154193865665367022938750465850"
 """Drawn once at random; identifies the scheme for ever."""
@@ -21,7 +23,38 @@ UPTAKE = Code("RMN004", PRIVATE_SCHEME, "Uptake in thyroid bed")
 NOT_ANALYSED_BECAUSE = Code("RMN005", PRIVATE_SCHEME, "Reason for not analysing")
 ANALYSED_REGION = Code("RMN006", PRIVATE_SCHEME, "Region analysed for residual thyroid tissue")
 ANALYSIS = Code("RMN007", PRIVATE_SCHEME, "Analysis for residual thyroid tissue by artificial intelligence")
-OURS = (RESIDUAL_TISSUE, PROBABILITY, RATIO, UPTAKE, NOT_ANALYSED_BECAUSE, ANALYSED_REGION, ANALYSIS)
+NO_RESULT = Code("RMN008", PRIVATE_SCHEME, "No result: scan not analysed for residual thyroid tissue")
+FOCI = Code("RMN009", PRIVATE_SCHEME, "Number of foci of uptake")
+FOCUS_COUNTS = Code("RMN010", PRIVATE_SCHEME, "Counts of focus above its surroundings")
+FOCUS_AREA = Code("RMN011", PRIVATE_SCHEME, "Area of focus at half its height")
+SITES: Mapping[FocusSite, Code] = {
+    "bed_left": Code("RMN020", PRIVATE_SCHEME, "Thyroid bed, left"),
+    "bed_right": Code("RMN021", PRIVATE_SCHEME, "Thyroid bed, right"),
+    "bed_midline": Code("RMN022", PRIVATE_SCHEME, "Thyroid bed, midline"),
+    "above_bed": Code("RMN023", PRIVATE_SCHEME, "Midline above thyroid bed"),
+    "below_bed": Code("RMN024", PRIVATE_SCHEME, "Midline below thyroid bed"),
+    "lateral_left": Code("RMN025", PRIVATE_SCHEME, "Side of neck, left of thyroid bed"),
+    "lateral_right": Code("RMN026", PRIVATE_SCHEME, "Side of neck, right of thyroid bed"),
+    "salivary_left": Code("RMN027", PRIVATE_SCHEME, "Region of salivary glands, left"),
+    "salivary_right": Code("RMN028", PRIVATE_SCHEME, "Region of salivary glands, right"),
+    "mouth_or_nose": Code("RMN029", PRIVATE_SCHEME, "Region of mouth and nose"),
+    "elsewhere": Code("RMN030", PRIVATE_SCHEME, "Elsewhere in field of view"),
+}
+"""Where a focus lies against the bed, by distances in the picture: no structure was recognised, so no anatomical code."""
+OURS = (
+    RESIDUAL_TISSUE,
+    PROBABILITY,
+    RATIO,
+    UPTAKE,
+    NOT_ANALYSED_BECAUSE,
+    ANALYSED_REGION,
+    ANALYSIS,
+    NO_RESULT,
+    FOCI,
+    FOCUS_COUNTS,
+    FOCUS_AREA,
+    *SITES.values(),
+)
 
 # Verdicts: CID 240 "Present-Absent".
 VERDICTS: Mapping[str, Code] = {
@@ -64,6 +97,7 @@ MEASUREMENT_GROUP = Code("125007", "DCM", "Measurement Group")
 TRACKING_IDENTIFIER = Code("112039", "DCM", "Tracking Identifier")
 TRACKING_UID = Code("112040", "DCM", "Tracking Unique Identifier")
 IMAGE_REGION = Code("111030", "DCM", "Image Region")
+FINDING_SITE = Code("363698007", "SCT", "Finding Site")
 PROCEDURE_REPORTED = Code("121058", "DCM", "Procedure reported")
 
 # Units: UCUM.

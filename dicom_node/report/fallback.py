@@ -86,7 +86,7 @@ def _make_plain(ds: Dataset) -> None:
     """Replace the measurement report by the short document.
 
     Its title is the description of the series, not (126000, DCM): under that title readers expect TID 1500, and find
-    nothing to show.
+    nothing to show. The title of a note says that there is no result, and stays.
     """
     heading = [deepcopy(item) for item in ds.ContentSequence if _is_plain(item)]
     said = [deepcopy(item) for item in content_items(ds) if name_of(item) == codes.COMMENT.value and _contained(item)]
@@ -98,7 +98,8 @@ def _make_plain(ds: Dataset) -> None:
         answer = [deepcopy(item) for item in content_items(ds) if _contained(item) and item.ValueType == "CODE"]
         if len(answer) != 2 or value_of(answer[0]) != codes.NONE_SUCCEEDED.value:
             raise RenderError("the stored report holds neither a verdict nor a reason for having none.")
-    ds.ConceptNameCodeSequence = deepcopy(ds.SeriesDescriptionCodeSequence)
+    if verdicts:
+        ds.ConceptNameCodeSequence = deepcopy(ds.SeriesDescriptionCodeSequence)
     del ds.ContentTemplateSequence
     ds.ContentSequence = [*heading, *answer, *said]
 

@@ -70,12 +70,14 @@ def _fallback_keeps(ds: Dataset, before: Dataset, *, plain: bool) -> Iterator[st
 def _short_document_says_all(ds: Dataset, before: Dataset) -> Iterator[str]:
     if "ContentTemplateSequence" in ds:
         yield "a document of text claims a template"
-    if ds.get("ConceptNameCodeSequence") != before.get("SeriesDescriptionCodeSequence"):
-        yield "the title is not the description of the series"
     items = list(content_items(ds))
     if any(text_of(item, "ValueType") not in ("TEXT", "CODE") for item in items):
         yield "a document of text holds another value type"
     verdicts = [word for item in content_items(before) if (word := fallback.verdict_of(item))]
+    if ds.get("ConceptNameCodeSequence") != before.get(
+        "SeriesDescriptionCodeSequence" if verdicts else "ConceptNameCodeSequence"
+    ):
+        yield "the title is not the description of the series, or of a note not its own"
     if [word for item in items if (word := fallback.verdict_of(item))] != verdicts:
         yield "the coded verdict is not the original's"
     said = [text_of(item, "TextValue") for item in items]

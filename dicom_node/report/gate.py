@@ -272,8 +272,11 @@ def _private_scheme_is_identified(case: _Case) -> Iterator[str]:
 
 def _is_a_measurement_report(case: _Case) -> Iterator[str]:
     template = case.ds.get("ContentTemplateSequence") or [Dataset()]
-    if _name(case.ds) != _key(codes.TITLE) or text_of(template[0], "TemplateIdentifier") != "1500":
-        yield "the document is not titled as TID 1500"
+    if text_of(template[0], "TemplateIdentifier") != "1500":
+        yield "the document does not name TID 1500"
+    called = structured_report.title(case.outcome, case.context)
+    if _name(case.ds) != (called.value, called.scheme_designator):
+        yield "the document's title is not that of a finding, or of a scan not analysed"
     flags = ("CompletionFlag", "COMPLETE"), ("VerificationFlag", "UNVERIFIED"), ("PreliminaryFlag", "PRELIMINARY")
     for keyword, value in flags:
         if text_of(case.ds, keyword) != value:
@@ -326,8 +329,10 @@ def _probability_is_the_findings(case: _Case) -> Iterator[str]:
     number = _decimal(text_of(measured[0], "NumericValue"))
     if number is None or not 0 <= number <= 100:
         yield "the probability is not within 0 to 100"
-    elif abs(number - 100 * case.outcome.probability) > 0.00501:
+    elif abs(number - 100 * case.outcome.probability) > 0.0151:  # two decimals, on its side of the limits
         yield "the probability is not that of the finding"
+    elif (number in (0, 100)) != (case.outcome.probability in (0, 1)):
+        yield "the probability reads as certainty"
 
 
 def _algorithm_is_identified(case: _Case) -> Iterator[str]:

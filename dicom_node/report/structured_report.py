@@ -42,8 +42,8 @@ from dicom_node.report import codes, equipment
 from dicom_node.report.context import Predecessor, RenderError, ReportContext
 from dicom_node.report.identity import text_of
 from dicom_node.report.uids import derived_uid
-from pipeline import wording
-from pipeline.finding import Declined, Finding, SourceFrame, ViewFinding
+from pipeline import foci_wording, wording
+from pipeline.finding import Declined, Finding, FocusView, SourceFrame, ViewFinding
 from pipeline.reasons import REASONS
 
 SOP_CLASS_UID = str(Comprehensive3DSRStorage)
@@ -101,7 +101,8 @@ def _root(
     notes: tuple[str, ...],
 ) -> Dataset:
     """Return the root container of TID 1500."""
-    root = ContainerContentItem(name=codes.TITLE, template_id="1500")
+    # Separate, not continuous: each statement on a line of its own, or a viewer runs all sentences into one.
+    root = ContainerContentItem(name=title(outcome, context), template_id="1500", is_content_continuous=False)
     content = ContentSequence()
     content.extend(LanguageOfContentItemAndDescendants(CodedConcept("en-US", "RFC5646", "English (United States)")))
     content.extend(_observer(context))
@@ -119,6 +120,15 @@ def _root(
     content.append(_container(codes.QUALITATIVE_EVALUATIONS, _statements(outcome, context, notes)))
     root.ContentSequence = content
     return root
+
+
+def title(outcome: Finding | Declined, context: ReportContext) -> CodedConcept:
+    """Return the document's title: of a scan that was not analysed one that says so.
+
+    Under (126000, DCM) viewers look for measurements and show nothing, or fail, where there are none (OHIF 3.13.2);
+    under another title they show the document's text. CID 7021 may be extended (PS3.16).
+    """
+    return _chosen(codes.NO_RESULT if isinstance(outcome, Declined) else codes.TITLE, context)
 
 
 def _observer(context: ReportContext) -> ObservationContext:
@@ -184,7 +194,10 @@ def _group(
         referenced_region=_region(view),
         finding_type=_chosen(found, context),
         finding_sites=[FindingSite(anatomic_location=codes.THYROID)],
-        measurements=_measurements(finding, view, context, decides=decides, outlined=outlined),
+        measurements=[
+            *_measurements(finding, view, context, decides=decides, outlined=outlined),
+            *_foci(finding, view, context, naming, decides=decides),
+        ],
         qualitative_evaluations=evaluations or None,
     )
 
@@ -217,11 +230,53 @@ def _measurements(
     return figures
 
 
+def _foci(
+    finding: Finding, view: ViewFinding, context: ReportContext, naming: tuple[object, ...], *, decides: bool
+) -> list[Measurement]:
+    """Return the foci as the view shows them: each figure under its focus's tracking identifier, with its site.
+
+    How many there are, and the uptake of those in the bed, stand once, in the group that decides.
+    """
+    figures = []
+    if decides and finding.uptake is not None:
+        figures.append(_figure(_chosen(codes.UPTAKE, context), foci_wording.uptake_figure(finding.uptake), codes.PER_CENT))
+    if decides and finding.foci is not None:
+        figures.append(_figure(_chosen(codes.FOCI, context), str(len(finding.foci)), codes.NO_UNITS))
+    for focus, seen in foci_wording.foci_in(finding, view.image.view):
+        tracking = TrackingIdentifier(
+            uid=derived_uid(context.uid_namespace, "focus", naming, str(focus.number)), identifier=f"Focus {focus.number}"
+        )
+        site = FindingSite(anatomic_location=_chosen(codes.SITES[focus.site], context))
+        for name, text, unit in focus_figures(seen):
+            figures.append(_figure(_chosen(name, context), text, unit, tracking=tracking, site=site))
+    return figures
+
+
+def focus_figures(seen: FocusView) -> tuple[tuple[Code, str, Code], ...]:
+    """Return (name, digits, unit) of what is measured of a focus in one view; no area where it does not stand out."""
+    counts = codes.FOCUS_COUNTS, f"{seen.counts:.0f}", codes.COUNTS
+    area = codes.FOCUS_AREA, f"{seen.area_mm2:.0f}", codes.SQUARE_MILLIMETRE
+    return (counts, area) if seen.seen else (counts,)
+
+
 def _figure(
-    name: Code | CodedConcept, text: str, unit: Code, algorithm: AlgorithmIdentification | None = None
+    name: Code | CodedConcept,
+    text: str,
+    unit: Code,
+    algorithm: AlgorithmIdentification | None = None,
+    *,
+    tracking: TrackingIdentifier | None = None,
+    site: FindingSite | None = None,
 ) -> Measurement:
     """Return one NUM with the digits of `text`: "2.10" as on the picture, where a number would become "2.1"."""
-    figure = Measurement(name=name, value=float(text), unit=unit, algorithm_id=algorithm)
+    figure = Measurement(
+        name=name,
+        value=float(text),
+        unit=unit,
+        algorithm_id=algorithm,
+        tracking_identifier=tracking,
+        finding_sites=[site] if site else None,
+    )
     figure[0].MeasuredValueSequence[0].NumericValue = text
     return figure
 
@@ -295,7 +350,7 @@ def _code(name: CodedConcept | Code, value: Code) -> CodeContentItem:
 
 
 def _container(name: Code, children: Sequence[ContentItem]) -> ContainerContentItem:
-    item = ContainerContentItem(name=name, relationship_type=_CONTAINS)
+    item = ContainerContentItem(name=name, relationship_type=_CONTAINS, is_content_continuous=False)
     item.ContentSequence = ContentSequence(children)
     return item
 

@@ -19,13 +19,35 @@ from dicom_node.worklist.deliveries import (
 )
 from dicom_node.worklist.engine import DAMAGED, DatabaseUnavailable, WorklistFault, open_worklist
 from dicom_node.worklist.guard import Lease
-from dicom_node.worklist.history import EVENTS, Event, changes_since, events, last_event_id, record_event, verify_events
+from dicom_node.worklist.history import (
+    EVENTS,
+    Checkpoint,
+    Event,
+    changes_since,
+    checkpoint,
+    checkpoints,
+    events,
+    last_event_id,
+    record_event,
+    verify_events,
+    verify_history,
+)
 from dicom_node.worklist.identities import accept_identity, hold_identity
-from dicom_node.worklist.intake import IntakeRules, Receipt, Stored, expire_views, receive
+from dicom_node.worklist.intake import (
+    IntakeRules,
+    Receipt,
+    Stored,
+    discard_version,
+    expire_views,
+    receive,
+    release_version,
+    storable,
+)
 from dicom_node.worklist.recalls import SentResult, recall, sent_results
 from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
 from dicom_node.worklist.tables import VIEW_COLUMNS
+from dicom_node.worklist.transfer import backup, copy, other_sessions, restore
 from dicom_node.worklist.upkeep import (
     KeptFile,
     Loss,
@@ -36,9 +58,10 @@ from dicom_node.worklist.upkeep import (
     kept_files,
     mark_purged,
     note_lost,
+    patients_and_studies,
     purgeable,
 )
-from dicom_node.worklist.view import counts_by_state, details, row, rows, scan_of
+from dicom_node.worklist.view import counts_by_state, details, quarantined, row, rows, scan_of
 from dicom_node.worklist.work import (
     Claim,
     ClaimedInstance,
@@ -66,6 +89,7 @@ __all__ = [
     "STATES",
     "TRANSITIONS",
     "VIEW_COLUMNS",
+    "Checkpoint",
     "Claim",
     "ClaimedInstance",
     "DatabaseUnavailable",
@@ -87,13 +111,18 @@ __all__ = [
     "TransitionRefused",
     "WorklistFault",
     "accept_identity",
+    "backup",
     "break_lease",
     "changes_since",
     "check",
+    "checkpoint",
+    "checkpoints",
     "claim",
+    "copy",
     "counts_by_state",
     "damage",
     "details",
+    "discard_version",
     "due_deliveries",
     "events",
     "expire_views",
@@ -110,23 +139,30 @@ __all__ = [
     "note_lost",
     "observe_leases",
     "open_worklist",
+    "other_sessions",
+    "patients_and_studies",
     "pending_versions",
     "purgeable",
+    "quarantined",
     "recall",
     "receive",
     "record_delivery",
     "record_event",
     "release_deliveries",
     "release_owner",
+    "release_version",
+    "restore",
     "retry",
     "row",
     "rows",
     "scan_of",
     "schema_is_current",
     "sent_results",
+    "storable",
     "stored_results",
     "substitute_delivery",
     "try_again",
     "upgrade",
     "verify_events",
+    "verify_history",
 ]

@@ -38,7 +38,7 @@ NODE_EVENTS_LOCK = 7_131_002
 SCHEMA_LOCK = 7_131_003
 
 
-DAMAGED = "stop the node and bring back a backup, see deploy/README.md; what came since lies in the spool"
+DAMAGED = "stop the node and bring back a backup with `remnant db restore`; what came since lies in the spool"
 """What a person can do about a damaged database."""
 
 

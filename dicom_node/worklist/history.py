@@ -1,22 +1,25 @@
 """The history: append-only, chained by digest within a row's history.
 
-Each event's digest covers the digest before it, so that a changed, removed or inserted line shows (`verify_events`);
-what was cut off at the end does not, which is what checkpoints kept elsewhere are for. `detail` never holds patient
-identity: the history outlives it.
+Each event's digest covers the digest before it, so that a changed, removed or inserted line shows (`verify_events`).
+What was cut off at the end of a row's history, or a whole history that is gone, shows against the daily checkpoint: an
+event of the node's own history with a digest over the ends of all histories that grew since the one before. Only what
+came after the last checkpoint can be cut off unseen; its digest is in the log too, which a hospital keeps elsewhere.
+`detail` never holds patient identity: the history outlives it.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from types import MappingProxyType
 
-from sqlalchemy import Connection, Engine, RowMapping, bindparam, func, insert, select
+from sqlalchemy import Connection, Engine, RowMapping, bindparam, func, insert, select, text
 
-from dicom_node.worklist.clock import now
+from dicom_node.worklist.clock import now, read_clock, seconds_between
 from dicom_node.worklist.engine import NODE_EVENTS_LOCK, lock, reading, writing
-from dicom_node.worklist.tables import event_table
+from dicom_node.worklist.tables import event_table, scan
 
 EVENTS = MappingProxyType(
     {
@@ -51,6 +54,7 @@ EVENTS = MappingProxyType(
         "retry": "a person asked for a retry",
         "purged": "bytes were removed by retention",
         "forgotten": "identity columns were emptied",
+        "checkpoint": "the ends of all histories that grew since the last checkpoint, as one digest",
         "node": "something happened to the node itself",
     }
 )
@@ -69,6 +73,13 @@ _HEAD = select(
     now().label("at"),
     select(_newest.c.sequence).scalar_subquery().label("sequence"),
     select(_newest.c.digest).scalar_subquery().label("digest"),
+)
+
+
+_CHECKPOINTS = (
+    select(event_table)
+    .where(event_table.c.scan_id.is_(None), event_table.c.event == "checkpoint")
+    .order_by(event_table.c.sequence)
 )
 
 
@@ -173,6 +184,106 @@ def last_event_id(engine: Engine) -> int:
     """The id of the newest event, 0 where there is none."""
     with reading(engine) as conn:
         return conn.scalar(select(func.max(event_table.c.id))) or 0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A digest over the ends of the `histories` that have events with ids from `first` to `last`."""
+
+    first: int
+    last: int
+    histories: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"events {self.first} to {self.last}, {self.histories} histories, sha256 {self.sha256}"
+
+
+_CHECKPOINT = re.compile(r"events ([0-9]+) to ([0-9]+), ([0-9]+) histories, sha256 ([0-9a-f]{64})")
+
+
+def _checkpoint_of(line: Event) -> Checkpoint | None:
+    said = _CHECKPOINT.fullmatch(line.detail)
+    return said and Checkpoint(int(said[1]), int(said[2]), int(said[3]), said[4])
+
+
+def checkpoint(engine: Engine, *, every_s: float = 86_400.0) -> Checkpoint | None:
+    """Write a checkpoint where the last one is older than `every_s` and something has happened since; else None."""
+    with writing(engine) as conn:
+        lock(conn, NODE_EVENTS_LOCK)
+        if conn.dialect.name == "postgresql":
+            # Until we commit nobody writes an event: no lower id can be committed after we have looked.
+            conn.execute(text("LOCK TABLE event IN SHARE ROW EXCLUSIVE MODE"))
+        newest = _CHECKPOINTS.order_by(None).order_by(event_table.c.sequence.desc()).limit(1)
+        before = conn.execute(newest).mappings().first()
+        first = 1
+        if before is not None:
+            # Either way round: a clock that jumped must not put off checkpoints for days.
+            if abs(seconds_between(before["at"], read_clock(conn))) < every_s:
+                return None
+            known = _checkpoint_of(_event(before))
+            first = 1 if known is None else known.last + 1
+        last = conn.scalar(select(func.max(event_table.c.id))) or 0
+        if last < first or (before is not None and last == before["id"]):
+            return None
+        made = _over(conn, first, last)
+        append(conn, None, "checkpoint", detail=str(made))
+        return made
+
+
+def _over(conn: Connection, first: int, last: int) -> Checkpoint:
+    whose = func.coalesce(event_table.c.scan_id, 0)
+    grown = (
+        select(whose.label("whose"), func.max(event_table.c.sequence).label("sequence"))
+        .where(event_table.c.id.between(first, last))
+        .group_by(whose)
+        .subquery()
+    )
+    ends = conn.execute(
+        select(grown.c.whose, grown.c.sequence, event_table.c.digest)
+        .join(event_table, (whose == grown.c.whose) & (event_table.c.sequence == grown.c.sequence))
+        .order_by(grown.c.whose)
+    ).all()
+    lines = "".join(f"{one.whose} {one.sequence} {one.digest}\n" for one in ends)
+    return Checkpoint(first, last, len(ends), hashlib.sha256(lines.encode()).hexdigest())
+
+
+def checkpoints(engine: Engine) -> tuple[Checkpoint, ...]:
+    """Every checkpoint, oldest first."""
+    made = (_checkpoint_of(line) for line in events(engine, None) if line.event == "checkpoint")
+    return tuple(one for one in made if one is not None)
+
+
+def verify_history(engine: Engine) -> tuple[str, ...]:
+    """Faults of the whole history, one sentence each: in the chains, against the checkpoints, and where a row stands
+    elsewhere than its history says; empty when all of it holds."""
+    faults = list(verify_events(engine))
+    with reading(engine) as conn:
+        next_first = 1
+        for line in (_event(row) for row in conn.execute(_CHECKPOINTS).mappings()):
+            said = _checkpoint_of(line)
+            if said is None or said.first != next_first:
+                faults.append(f"the checkpoint of {line.at} does not follow from the one before")
+            elif _over(conn, said.first, said.last) != said:
+                faults.append(
+                    f"the history up to event {said.last} is not what it was at the checkpoint of {line.at}:"
+                    " events were removed, added or changed"
+                )
+            next_first = next_first if said is None else said.last + 1
+        ends = {
+            one.scan_id: (one.to_state, one.revision)
+            for one in conn.execute(
+                select(event_table.c.scan_id, event_table.c.to_state, event_table.c.revision)
+                .where(event_table.c.scan_id.is_not(None), event_table.c.to_state.is_not(None))
+                .order_by(event_table.c.scan_id, event_table.c.sequence)
+            )
+        }
+        faults += [
+            f"scan {row.id} is {row.state} in revision {row.revision}, and its history ends elsewhere"
+            for row in conn.execute(select(scan.c.id, scan.c.state, scan.c.revision).order_by(scan.c.id))
+            if ends.get(row.id) != (row.state, row.revision)
+        ]
+    return tuple(faults)
 
 
 def verify_events(engine: Engine, scan_id: int | None = None) -> tuple[str, ...]:

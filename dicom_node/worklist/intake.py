@@ -10,7 +10,7 @@ Nothing received is ever overwritten. The same bytes again change nothing; other
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any
@@ -22,7 +22,7 @@ from dicom_node.worklist import history
 from dicom_node.worklist.clock import now, text_of
 from dicom_node.worklist.engine import INTAKE_LOCK, lock, writing
 from dicom_node.worklist.guard import Standing, change
-from dicom_node.worklist.states import NEW, REST
+from dicom_node.worklist.states import NEW, QUARANTINED, REST, TransitionRefused
 from dicom_node.worklist.tables import delivery, identity, instance, result, scan
 from pipeline.finding import ViewName
 from pipeline.views import FrameFacts, HeaderFacts, group
@@ -84,7 +84,7 @@ def receive(
     ------
     DatabaseUnavailable: nothing was entered; the sender must keep its copy.
     """
-    facts = _storable(facts)
+    facts = storable(facts)
     source_aet = _clean(source_aet)
     with writing(engine) as conn:
         lock(conn, INTAKE_LOCK)
@@ -215,6 +215,90 @@ def _receive_version(
     return Receipt(row["id"], row["state"], new=True, queued=True, alarms=("version_received",))
 
 
+def release_version(engine: Engine, instance_id: int, facts: HeaderFacts, rules: IntakeRules) -> Receipt:
+    """Let a quarantined version take the place of the first one, which is quarantined instead: a new revision.
+
+    `facts` are the header's of the quarantined bytes. Only for another image of the same patient, study and order: what
+    names somebody else cannot be his under a UID that is in use already.
+
+    Raises
+    ------
+    TransitionRefused: it is not in quarantine, was not compared yet, is never analysed, or is somebody else's.
+    """
+    facts = storable(facts)
+    with writing(engine) as conn:
+        lock(conn, INTAKE_LOCK)
+        held = quarantined_version(conn, instance_id)
+        row = _hold(conn, held["scan_id"])
+        if held["verdict"] != "other_pixels":
+            raise TransitionRefused(
+                f"object {instance_id} is {held['verdict']}: it is not for a release",
+                hint="see `remnant worklist accept-identity`"
+                if held["verdict"] == "identity_changed"
+                else "wait until the worker has compared it",
+            )
+        if row["kind"] != "acquisition" or not _may_be_analysed(facts):
+            raise TransitionRefused(f"object {instance_id} is never analysed", hint="it can only be discarded")
+        if _names_another(row, facts):
+            raise TransitionRefused(
+                f"object {instance_id} names another patient, study or order than the scan that has its UID",
+                hint="have it sent again under a UID of its own; `remnant quarantine show` says where its file is",
+            )
+        first = _known(conn, facts.sop_instance_uid)[0]
+        for one_id, values in (
+            (first["id"], {"version": -1, "verdict": "other_pixels"}),
+            (instance_id, {"version": 1, "verdict": None}),
+            (first["id"], {"version": held["version"]}),
+        ):
+            conn.execute(update(instance).where(instance.c.id == one_id).values(**values))
+
+        def enter(scan_id: int, revision: int) -> None:
+            detail = f"{facts.sop_instance_uid} sha256 {held['sha256']} in place of {first['sha256']}"
+            history.append(conn, scan_id, "released", revision=revision, detail=detail)
+
+        scan_id, queued = _regroup(conn, facts, held["source_aet"], rules, enter)
+        return Receipt(scan_id, _state(conn, scan_id), new=True, queued=queued)
+
+
+def discard_version(engine: Engine, instance_id: int, reason: str) -> str:
+    """Write down that a person gives up a quarantined version; returns the name of the file to remove.
+
+    Raises
+    ------
+    TransitionRefused: it is not in quarantine, was not compared yet, or nobody has decided whose the scan is.
+    """
+    with writing(engine) as conn:
+        held = quarantined_version(conn, instance_id)
+        row = _hold(conn, held["scan_id"])
+        if held["verdict"] == "pending":
+            raise TransitionRefused(f"object {instance_id} was not compared yet", hint="wait for the worker")
+        if held["verdict"] == "identity_changed" and identity_disputed(conn, row["id"]):
+            raise TransitionRefused(
+                f"object {instance_id} says that scan {row['id']} is somebody else's, and nobody has decided",
+                hint="see `remnant worklist accept-identity`",
+            )
+        conn.execute(update(instance).where(instance.c.id == instance_id).values(purged_at=now()))
+        detail = f"{held['sop_instance_uid']} version {held['version']} sha256 {held['sha256']}: {_clean(reason)}"
+        history.append(conn, row["id"], "discarded", revision=row["revision"], detail=detail)
+        return str(held["spool_name"])
+
+
+def quarantined_version(conn: Connection, instance_id: int) -> RowMapping:
+    """A version in quarantine, locked. Raises TransitionRefused where there is none of that id."""
+    found = (
+        conn.execute(
+            select(instance)
+            .where(instance.c.id == instance_id, instance.c.verdict.in_(QUARANTINED), instance.c.purged_at.is_(None))
+            .with_for_update()
+        )
+        .mappings()
+        .first()
+    )
+    if found is None:
+        raise TransitionRefused(f"there is no object {instance_id} in quarantine", hint="see `remnant quarantine list`")
+    return found
+
+
 def _result_of(conn: Connection, sop_instance_uid: str) -> int | None:
     """The row that made a result which now comes in."""
     found: int | None = conn.scalar(select(result.c.scan_id).where(result.c.sop_instance_uid == sop_instance_uid))
@@ -313,9 +397,23 @@ def _receive_view(
 ) -> tuple[int, bool]:
     """Regroup the views of this patient and study with the new one among them; returns its row and whether any row
     was queued."""
+
+    def enter(scan_id: int, revision: int) -> None:
+        _insert_instance(conn, scan_id, facts, stored, source_aet)
+        _received(conn, scan_id, facts, stored, revision)
+
+    return _regroup(conn, facts, source_aet, rules, enter)
+
+
+def _regroup(
+    conn: Connection, facts: HeaderFacts, source_aet: str, rules: IntakeRules, enter: Callable[[int, int], None]
+) -> tuple[int, bool]:
+    """Group the views of a patient and study anew with one that is new, or whose content is; `enter` is called with
+    the row and revision that it belongs to. Returns that row and whether any row was queued."""
     rows = {row["id"]: row for row in _cluster(conn, facts)}
     members = _members(conn, rows)
-    cluster = [*(_facts_of(member, rows[member["scan_id"]]) for member in members), facts]
+    others = [one for one in members if one["sop_instance_uid"] != facts.sop_instance_uid]
+    cluster = [*(_facts_of(one, rows[one["scan_id"]]) for one in others), facts]
     groups = _groups(cluster, rules)
     held = {scan_id: frozenset(m["sop_instance_uid"] for m in members if m["scan_id"] == scan_id) for scan_id in rows}
     keeps = _assign(groups, held)
@@ -326,7 +424,8 @@ def _receive_view(
     home = 0
     taken_by: dict[int, int] = {}
     for one, kept_row in zip(groups, keeps, strict=True):
-        if kept_row is not None and held[kept_row] == one.sop_instance_uids:
+        changed = facts.sop_instance_uid in one.sop_instance_uids
+        if kept_row is not None and held[kept_row] == one.sop_instance_uids and not changed:
             continue
         former = {row_of[uid] for uid in one.sop_instance_uids if uid in row_of}
         # Above every revision that any of these views was part of: result UIDs are made from views and revision, so a
@@ -339,10 +438,9 @@ def _receive_view(
             standing = Standing(scan_id, "receiving", revision)
         else:
             standing = _revise(conn, rows[kept_row], one, of_group, revision, rules)
-        if facts.sop_instance_uid in one.sop_instance_uids:
+        if changed:
             home = standing.scan_id
-            _insert_instance(conn, home, facts, stored, source_aet)
-            _received(conn, home, facts, stored, revision)
+            enter(home, revision)
         _move(conn, one.sop_instance_uids, standing.scan_id)
         for scan_id in former - {standing.scan_id}:
             taken_by.setdefault(scan_id, standing.scan_id)
@@ -683,7 +781,8 @@ def _clean(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 
-def _storable(facts: HeaderFacts) -> HeaderFacts:
+def storable(facts: HeaderFacts) -> HeaderFacts:
+    """The facts as the tables hold them."""
     return replace(
         facts,
         study_instance_uid=_clean(facts.study_instance_uid),

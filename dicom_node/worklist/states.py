@@ -12,6 +12,9 @@ REST = frozenset({"delivered", "declined", "failed", "recalled"})
 
 DELIVERY_STATES = ("pending", "acknowledged", "refused", "given_up", "cancelled")
 
+QUARANTINED = ("pending", "identity_changed", "other_pixels")
+"""Verdicts on other bytes under a known UID that keep them from being used, and keep them longer."""
+
 NEW = "new"
 """Where a row comes from; no row is ever in it."""
 

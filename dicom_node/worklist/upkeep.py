@@ -14,7 +14,7 @@ from dicom_node.worklist import history
 from dicom_node.worklist.clock import now, read_clock, seconds_between
 from dicom_node.worklist.engine import reading, writing
 from dicom_node.worklist.schema import schema_is_current
-from dicom_node.worklist.states import REST
+from dicom_node.worklist.states import QUARANTINED, REST
 from dicom_node.worklist.tables import identity, instance, result, scan
 
 NOT_OURS_DAYS = 2
@@ -91,7 +91,7 @@ def _files(conn: Connection, row: RowMapping, retention_days: float) -> list[tup
     for one in conn.execute(
         select(instance).where(instance.c.scan_id == row["id"], instance.c.purged_at.is_(None)).order_by(instance.c.id)
     ).mappings():
-        quarantined = one["verdict"] in {"pending", "identity_changed", "other_pixels"}
+        quarantined = one["verdict"] in QUARANTINED
         file = PurgeableFile("instance", one["id"], row["id"], one["spool_name"], one["sha256"])
         found.append((file, max(DISPUTED_DAYS, keep_days) if quarantined else keep_days))
     found += [
@@ -178,6 +178,18 @@ def kept_files(engine: Engine) -> tuple[KeptFile, ...]:
                 for one in conn.execute(made)
             ),
         )
+
+
+def patients_and_studies(engine: Engine) -> dict[int, tuple[str, str, str]]:
+    """PatientID, its issuer and StudyInstanceUID of the row of each object that may be analysed, by the object's id:
+    first versions only, for the row holds what was received first, and none of rows whose identity was forgotten."""
+    wanted = (
+        select(instance.c.id, scan.c.patient_id, scan.c.issuer_of_patient_id, scan.c.study_instance_uid)
+        .join(scan, scan.c.id == instance.c.scan_id)
+        .where(instance.c.version == 1, instance.c.candidate == 1, scan.c.forgotten_at.is_(None))
+    )
+    with reading(engine) as conn:
+        return {one[0]: (one[1], one[2], one[3]) for one in conn.execute(wanted)}
 
 
 def note_lost(engine: Engine, file: KeptFile, event: Loss) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Engine, RowMapping, column, func, select, table
 
 from dicom_node.worklist.engine import reading
-from dicom_node.worklist.states import STATES, TransitionRefused
+from dicom_node.worklist.states import QUARANTINED, STATES, TransitionRefused
 from dicom_node.worklist.tables import VIEW_COLUMNS, delivery, identity, instance, result, scan
 
 _view = table("worklist", *(column(name) for name in VIEW_COLUMNS))
@@ -141,6 +141,18 @@ def details(engine: Engine, scan_id: int) -> dict[str, list[dict[str, Any]]]:
             first |= {"id": 0, "origin": "received", "said_by": row_itself["source_aet"]}
             named.insert(0, first)
         return {**found, "identities": named}
+
+
+def quarantined(engine: Engine) -> list[dict[str, Any]]:
+    """Objects that are kept and not used, because they came under the UID of another; oldest first, without identity.
+    Columns of `instances` in `details`, and `scan_id`."""
+    wanted = (
+        select(instance.c.scan_id, *(instance.c[name] for name in _INSTANCE_COLUMNS))
+        .where(instance.c.verdict.in_(QUARANTINED), instance.c.purged_at.is_(None))
+        .order_by(instance.c.id)
+    )
+    with reading(engine) as conn:
+        return [dict(one) for one in conn.execute(wanted).mappings()]
 
 
 def counts_by_state(engine: Engine) -> dict[str, int]:

@@ -319,5 +319,5 @@ def test_a_page_of_the_database_that_was_overwritten_is_refused_in_one_sentence(
 
     with pytest.raises(RemnantError, match="damaged") as refused:
         start()
-    assert "bring back a backup" in str(refused.value)
+    assert "remnant db restore" in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -1,61 +1,83 @@
-"""The bounds on pynetdicom's upper layer hold, and the private parts that they rest on are where we think they are."""
+"""The called side on real sockets: who is slow, silent, wrong or hostile is cut, and others are served meanwhile."""
 
+import random
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
-from pynetdicom import AE, build_context, evt
-from pynetdicom.association import Association
-from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
+from pynetdicom import AE, build_context
+from structlog.testing import capture_logs
 
 from dicom_node import transport
+from dicom_node.transport import C_STORE_RQ, Limits, Peer, Refusal, Request, Server, Service
 
 VERIFICATION = "1.2.840.10008.1.1"
-A_ASSOCIATE_RQ, P_DATA_TF = 0x01, 0x04
-TOO_LONG = [transport._PDU_LIMIT + 1, 0xFFFF_FFFF]
-THREE_BYTES = b"\x01\x00\x00"
-A_QUARTER = struct.pack(">BBL", A_ASSOCIATE_RQ, 0, 200) + b"\0" * 50
+NM = "1.2.840.10008.5.1.4.1.1.20"
+IMPLICIT = "1.2.840.10008.1.2"
+REFUSED = Refusal(1, 1, 3, "not one of ours")
+
+# Shortened, so that a test takes less than a second; what they are in earnest stands in `Limits` and the settings.
+HASTY = Limits(idle_s=0.8, associations=300, associations_per_peer=300, association_s=0.4, pdu_s=0.4, close_s=0.3)
+PATIENT = Limits(idle_s=60, associations=300, associations_per_peer=300, association_s=60, pdu_s=60, close_s=5)
 
 
-class Server:
-    """A node's listening side that answers C-ECHO, and what it saw."""
+class Desk:
+    """What the server under test calls: remembers what it was given, and can be made to take its time."""
 
-    def __init__(self, acse_timeout_s: float = 30) -> None:
-        self.contexts = [build_context(VERIFICATION)]
-        self.opened: list[Association] = []
-        self.ae = AE(ae_title="REMNANT")
-        self.ae.network_timeout = self.ae.dimse_timeout = 30
-        self.ae.acse_timeout = acse_timeout_s
-        handlers = [(evt.EVT_CONN_OPEN, lambda event: self.opened.append(event.assoc)), (evt.EVT_C_ECHO, lambda _: 0)]
-        self.server = transport.listen(self.ae, ("127.0.0.1", 0), self.contexts, handlers)
-        self.port = int(self.server.server_address[1])
+    def __init__(self) -> None:
+        self.taken: list[Request] = []
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+        self.go_on.set()
 
-    def stop(self) -> None:
-        self.server.shutdown()
-        for assoc in self.opened:
-            assoc.kill()
+    def store(self, request: Request) -> int:
+        self.reached.set()
+        assert self.go_on.wait(20)
+        self.taken.append(request)
+        return 0
+
+
+@contextmanager
+def serving(limits: Limits, desk: Desk | None = None) -> Iterator[Server]:
+    def admit(peer: Peer) -> Refusal | None:
+        return REFUSED if peer.calling_ae_title == "STRANGER" else None
+
+    service = Service(
+        contexts=[build_context(VERIFICATION), build_context(NM)],
+        implementation_class_uid="1.2.3",
+        implementation_version_name="TEST",
+        limits=limits,
+        admit=admit,
+        handlers={C_STORE_RQ: (desk or Desk()).store},
+    )
+    server = transport.listen(("127.0.0.1", 0), service)
+    try:
+        yield server
+    finally:
+        server.stop(2)
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    started = Server()
-    yield started
-    started.stop()
+    with serving(PATIENT) as started:
+        yield started
 
 
 @pytest.fixture
-def hasty_server() -> Iterator[Server]:
-    """One that gives a connection a second to become an association; the receiver gives it 15."""
-    started = Server(acse_timeout_s=1)
-    yield started
-    started.stop()
+def hasty() -> Iterator[Server]:
+    with serving(HASTY) as started:
+        yield started
 
 
-def until(look: Callable[[], bool], limit_s: float = 10.0) -> bool:
+def until(look: Callable[[], bool], limit_s: float = 20.0) -> bool:
     deadline = time.monotonic() + limit_s
     pause = threading.Event()
     while not look():
@@ -65,130 +87,481 @@ def until(look: Callable[[], bool], limit_s: float = 10.0) -> bool:
     return True
 
 
-def echo(port: int) -> int:
+# --- what a peer says -------------------------------------------------------------------------------------------------
+
+
+def pdu(kind: int, content: bytes) -> bytes:
+    return struct.pack(">BBI", kind, 0, len(content)) + content
+
+
+def item(kind: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", kind, 0, len(content)) + content
+
+
+def association(
+    calling: str = "CAMERA", version: int = 1, application: bytes = b"1.2.840.10008.3.1.1.1", maximum: int = 16384
+) -> bytes:
+    """An A-ASSOCIATE-RQ for Verification (context 1) and NM (context 3): PS3.8 9.3.2."""
+    contexts = b"".join(
+        item(0x20, struct.pack(">I", number << 24) + item(0x30, uid.encode()) + item(0x40, IMPLICIT.encode()))
+        for number, uid in ((1, VERIFICATION), (3, NM))
+    )
+    user = item(0x50, item(0x51, struct.pack(">I", maximum)) + item(0x52, b"1.2.3.4"))
+    names = b"REMNANT".ljust(16) + calling.encode().ljust(16)
+    return pdu(1, struct.pack(">HH", version, 0) + names + bytes(32) + item(0x10, application) + contexts + user)
+
+
+def command(field: int, uid: str = VERIFICATION, *, data: bool = False, instance: str = "") -> bytes:
+    values = [(0x0002, uid.encode() + b"\0" * (len(uid) % 2)), (0x0100, struct.pack("<H", field)), (0x0110, b"\7\0")]
+    values += [(0x0800, b"\0\0" if data else b"\1\1")]
+    values += [(0x1000, instance.encode() + b"\0" * (len(instance) % 2))] if instance else []
+    return b"".join(struct.pack("<HHI", 0, number, len(value)) + value for number, value in values)
+
+
+def values(*pieces: tuple[int, int, bytes]) -> bytes:
+    """A P-DATA-TF of (context, control, bytes)."""
+    return pdu(4, b"".join(struct.pack(">IBB", len(piece) + 2, cx, control) + piece for cx, control, piece in pieces))
+
+
+ECHO = values((1, 3, command(0x0030)))
+STORE_COMMAND = values((3, 3, command(0x0001, NM, data=True, instance="1.2.3")))
+RELEASE = pdu(5, bytes(4))
+RELEASED = pdu(6, bytes(4))
+ABORT = pdu(7, bytes(4))
+
+
+class Line:
+    """A peer's end of a connection."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self.stream = stream
+
+    def say(self, data: bytes) -> None:
+        self.stream.sendall(data)
+
+    def hear(self) -> tuple[int, bytes]:
+        """The next PDU: type and content; type 0 where the connection has ended."""
+        header = self._read(6)
+        if len(header) < 6:
+            return 0, header
+        return header[0], self._read(int.from_bytes(header[2:], "big"))
+
+    def open(self, **asked: Any) -> "Line":
+        self.say(association(**asked))
+        assert self.hear()[0] == 2
+        return self
+
+    def cut(self) -> bool:
+        """Whether the other end closes, with nothing more to say."""
+        return self.hear()[0] == 0
+
+    def _read(self, count: int) -> bytes:
+        came = b""
+        with suppress(ConnectionResetError):
+            while len(came) < count and (piece := self.stream.recv(count - len(came))):
+                came += piece
+        return came
+
+
+@contextmanager
+def line(server: Server) -> Iterator[Line]:
+    with closing(socket.create_connection(server.address, timeout=20)) as stream:
+        yield Line(stream)
+
+
+def echo(server: Server) -> bool:
+    """Whether an honest peer gets an association, its answer, and its release."""
+    with line(server) as honest:
+        honest.open().say(ECHO)
+        kind, content = honest.hear()
+        honest.say(RELEASE)
+        return (kind, content[-2:]) == (4, b"\0\0") and honest.hear()[0] == 6
+
+
+# --- honest peers -----------------------------------------------------------------------------------------------------
+
+
+def test_pynetdicom_echoes_and_releases(server: Server) -> None:
     ae = AE(ae_title="CAMERA")
     ae.add_requested_context(VERIFICATION)
-    assoc = ae.associate("127.0.0.1", port, ae_title="REMNANT")
-    assert assoc.is_established
-    status = int(assoc.send_c_echo().Status)
+    assoc = ae.associate(*server.address, ae_title="REMNANT")
+    assert [assoc.send_c_echo().Status for _ in range(3)] == [0, 0, 0]
     assoc.release()
-    return status
+    assert assoc.is_released
+    assert until(lambda: not server.connections)
 
 
-def what_comes_before_the_line_is_cut(stream: socket.socket) -> bytes:
-    came = b""
-    with suppress(ConnectionResetError):
-        while data := stream.recv(4096):
-            came += data
-    return came
+def test_dcmtk_echoes_with_every_context_it_has(server: Server, peer: Callable[[str], Path]) -> None:
+    command = [str(peer("/usr/bin/echoscu")), "-v", "--propose-pc", "128", "--repeat", "3"]
+    done = subprocess.run(
+        [*command, "127.0.0.1", str(server.address[1])], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_parts_of_pynetdicom_that_we_hold_on_to_are_there(server: Server) -> None:
-    """`transport` replaces three private parts; a new version that moved one must fail here, not in a hospital."""
-    assert issubclass(transport._BoundedSocket, AssociationSocket)
-    assert AssociationSocket.recv is not transport._BoundedSocket.recv
-    assert callable(RequestHandler._create_association)
-    assert isinstance(server.server, ThreadedAssociationServer)
-    assert server.ae._servers == [server.server]
-    assert echo(server.port) == 0
-    (assoc,) = server.opened
-    assert type(assoc.dul.socket) is transport._BoundedSocket
-    assert [cx.abstract_syntax for cx in assoc.acceptor.supported_contexts] == [VERIFICATION]
-    assert assoc.acceptor.maximum_length == transport.MAXIMUM_PDU_SIZE
+def test_a_data_set_in_many_fragments_comes_whole() -> None:
+    desk = Desk()
+    data = bytes(range(256)) * 400
+    with serving(PATIENT, desk) as server, line(server) as camera:
+        camera.open().say(STORE_COMMAND)
+        for start in range(0, len(data), 1000):
+            last = 2 if start + 1000 >= len(data) else 0
+            camera.say(values((3, last, data[start : start + 1000])))
+        assert camera.hear()[1][-2 - 8 - 6 : -8 - 6] == b"\0\0"  # Status, before the instance UID
+        (request,) = desk.taken
+        assert (request.data, request.abstract_syntax_uid, request.transfer_syntax_uid) == (data, NM, IMPLICIT)
+        assert request.peer == Peer("127.0.0.1", "CAMERA", "REMNANT")
+        assert until(lambda: server.memory.taken_bytes == 0)
 
 
-def test_the_presentation_contexts_are_not_copied_for_each_connection(server: Server) -> None:
-    assert echo(server.port) == echo(server.port) == 0
-    first, second = server.opened
-    assert first.acceptor.supported_contexts[0] is second.acceptor.supported_contexts[0] is server.contexts[0]
+def test_two_messages_in_one_pdu_are_both_answered(server: Server) -> None:
+    with line(server) as peer:
+        peer.open().say(values((1, 3, command(0x0030)), (1, 3, command(0x0030))))
+        assert (peer.hear()[0], peer.hear()[0]) == (4, 4)
+
+
+def test_a_cancel_has_no_answer_and_an_unknown_operation_has_one(server: Server) -> None:
+    with line(server) as peer:
+        peer.open().say(values((1, 3, command(0x0FFF))) + values((3, 3, command(0x0020, NM, data=True)), (3, 2, b"x")))
+        _, content = peer.hear()
+        assert content[-2:] == struct.pack("<H", 0x0211)
 
 
 def test_answers_are_not_held_back_to_be_sent_with_more(server: Server) -> None:
-    with closing(socket.create_connection(("127.0.0.1", server.port))):
-        assert until(lambda: bool(server.opened))
-        assert server.opened[0].dul.socket.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-@pytest.mark.parametrize("length", TOO_LONG)
-def test_a_pdu_that_says_it_is_too_long_is_cut_without_reading_it(server: Server, length: int) -> None:
-    """The length is believed by nobody: no memory is taken for it, and the rest is not waited for."""
-    with closing(socket.create_connection(("127.0.0.1", server.port), timeout=10)) as peer:
-        peer.sendall(struct.pack(">BBL", A_ASSOCIATE_RQ, 0, length))
-        assert what_comes_before_the_line_is_cut(peer) == b""
-    assert echo(server.port) == 0
-
-
-@pytest.mark.parametrize("sent", [THREE_BYTES, A_QUARTER], ids=["three bytes", "a header and a quarter"])
-def test_a_peer_that_sends_part_of_a_pdu_and_waits_is_cut(
-    server: Server, sent: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transport, "_PDU_DEADLINE_S", 0.3)
-    with closing(socket.create_connection(("127.0.0.1", server.port), timeout=10)) as peer:
-        peer.sendall(sent)
-        assert what_comes_before_the_line_is_cut(peer) == b""
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [b"", THREE_BYTES, A_QUARTER, struct.pack(">BBL", A_ASSOCIATE_RQ, 0, TOO_LONG[0])],
-    ids=["nothing", "three bytes", "a header and a quarter", "too long"],
-)
-def test_no_slot_is_held_by_who_never_asks_for_an_association(
-    hasty_server: Server, sent: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transport, "_PDU_DEADLINE_S", 0.3)
-    with closing(socket.create_connection(("127.0.0.1", hasty_server.port), timeout=10)) as peer:
-        peer.sendall(sent)
-        assert what_comes_before_the_line_is_cut(peer) == b""
-        assert until(lambda: bool(hasty_server.opened) and not hasty_server.ae.active_associations)
-
-
-def test_a_peer_that_drips_bytes_is_cut_at_the_same_deadline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The deadline is for the whole PDU: a byte now and then does not move it."""
-    monkeypatch.setattr(transport, "_PDU_DEADLINE_S", 0.5)
-    stop = threading.Event()
-    with closing(socket.create_connection(("127.0.0.1", server.port), timeout=10)) as peer:
-
-        def drip() -> None:
-            with suppress(OSError):
-                peer.sendall(struct.pack(">BBL", A_ASSOCIATE_RQ, 0, 10_000))
-                while not stop.wait(0.05):
-                    peer.sendall(b"\0")
-
-        dripping = threading.Thread(target=drip)
-        dripping.start()
-        assert what_comes_before_the_line_is_cut(peer) == b""
-        stop.set()
-        dripping.join()
-
-
-def test_a_peer_that_closes_within_a_pdu_costs_nothing(server: Server) -> None:
-    with closing(socket.create_connection(("127.0.0.1", server.port))) as peer:
-        peer.sendall(struct.pack(">BBL", P_DATA_TF, 0, 100) + b"\0" * 10)
-    assert until(lambda: bool(server.opened))
-    assert echo(server.port) == 0
-
-
-def test_the_socket_has_its_own_timeout_back_after_each_read(server: Server) -> None:
-    here, there = socket.socketpair()
-    with closing(here), closing(there):
-        here.settimeout(7)
-        bounded = object.__new__(transport._BoundedSocket)
-        bounded.socket = here
-        there.sendall(b"abcdef")
-        assert bytes(bounded.recv(6)) == b"abcdef"
-        assert here.gettimeout() == 7
-        there.sendall(b"xy")
-        there.shutdown(socket.SHUT_WR)
-        assert bytes(bounded.recv(6)) == b"xy"
+    with line(server) as peer:
+        peer.open()
+        (connection,) = server._associations
+        assert connection._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_listening_queue_takes_a_burst_of_cameras(server: Server) -> None:
-    info = server.server.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    info = server._listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     # Linux gives a listening socket's backlog in tcpi_sacked, which follows 8 single bytes and 5 numbers.
-    assert struct.unpack_from("@I", info, 8 + 5 * 4) == (128,)
+    assert struct.unpack_from("@I", info, 8 + 5 * 4) == (1024,)
 
 
 def test_an_address_that_is_taken_is_an_error_at_once(server: Server) -> None:
     with pytest.raises(OSError, match="in use"):
-        transport.listen(AE(), ("127.0.0.1", server.port), [], [])
+        transport.listen(server.address, server.service)
+
+
+# --- rejection --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ({"calling": "STRANGER"}, (1, 1, 3)),
+        ({"version": 2}, (1, 2, 2)),
+        ({"application": b"1.2.840.10008.3.1.1.2"}, (1, 1, 2)),
+    ],
+    ids=["not admitted", "another version", "another application"],
+)
+def test_a_rejection_says_who_and_why(server: Server, asked: dict[str, Any], answer: tuple[int, int, int]) -> None:
+    with line(server) as peer:
+        peer.say(association(**asked))
+        assert peer.hear() == (3, bytes((0, *answer)))
+    assert until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("bound", ["associations", "associations_per_peer"])
+def test_beyond_a_bound_the_rejection_is_transient_and_a_place_is_free_again_after_a_release(bound: str) -> None:
+    with serving(replace(PATIENT, **{bound: 2})) as server, line(server) as first, line(server) as second:
+        first.open()
+        second.open()
+        with line(server) as third:
+            third.say(association())
+            assert third.hear() == (3, bytes((0, 2, 3, 2)))
+        first.say(RELEASE)
+        assert first.hear()[0] == 6
+        assert echo(server)
+
+
+# --- violations -------------------------------------------------------------------------------------------------------
+
+BY_USER, UNRECOGNISED, UNEXPECTED, INVALID = (0, 0), (2, 1), (2, 2), (2, 6)
+GOOD = association()
+
+BEFORE = {
+    "text": b"GET / HTTP/1.1\r\nHost: remnant\r\n\r\n",
+    "a TLS greeting": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32),
+    "type 0": pdu(0, b""),
+    "type 8": pdu(8, bytes(4)),
+    "an accept": pdu(2, GOOD[6:]),
+    "a reject": pdu(3, bytes(4)),
+    "data": ECHO,
+    "a release": RELEASE,
+    "a release answered": RELEASED,
+    "nothing in it": pdu(1, b""),
+    "only fixed fields": pdu(1, GOOD[6:74]),
+    "cut within an item": pdu(1, GOOD[6:-3]),
+    "no user information": pdu(1, GOOD[6 : GOOD.index(b"\x50\0", 74)]),
+    "512 MiB": struct.pack(">BBI", 1, 0, 512 * 1024**2),
+    "4 GiB": struct.pack(">BBI", 1, 0, 0xFFFF_FFFF),
+}
+WITHIN = {
+    "type 9": (pdu(9, bytes(4)), UNRECOGNISED),
+    "a second request": (GOOD, UNEXPECTED),
+    "an accept": (pdu(2, GOOD[6:]), UNEXPECTED),
+    "a reject": (pdu(3, bytes(4)), UNEXPECTED),
+    "a release answered": (RELEASED, UNEXPECTED),
+    "a release of 5 bytes": (pdu(5, bytes(5)), INVALID),
+    "512 MiB": (struct.pack(">BBI", 4, 0, 512 * 1024**2), INVALID),
+    "4 GiB": (struct.pack(">BBI", 4, 0, 0xFFFF_FFFF), INVALID),
+    "data without a value": (pdu(4, b""), INVALID),
+    "a value of no length": (pdu(4, bytes(4)), INVALID),
+    "a value of one byte": (pdu(4, struct.pack(">IB", 1, 1)), INVALID),
+    "a value beyond its PDU": (pdu(4, struct.pack(">IBB", 100, 1, 3) + b"x"), INVALID),
+    "a rest behind the value": (ECHO[:2] + struct.pack(">I", len(ECHO) - 6 + 3) + ECHO[6:] + b"abc", INVALID),
+    "a context not agreed on": (values((9, 3, command(0x0030))), BY_USER),
+    "data before a command": (values((3, 2, b"data")), BY_USER),
+    "a command within data": (STORE_COMMAND + ECHO, BY_USER),
+    "two commands": (STORE_COMMAND * 2, BY_USER),
+    "a command that is none": (values((1, 3, b"\xff" * 40)), BY_USER),
+    "a response to nothing": (values((1, 3, command(0x8030))), BY_USER),
+}
+
+
+def wait_to_read(server: Server, sent: bytes) -> tuple[int, bytes]:
+    with line(server) as peer:
+        peer.say(sent)
+        return peer.hear()
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_what_is_no_association_request_is_aborted(server: Server, name: str) -> None:
+    """In state 2 the abort names the service user (PS3.8 AA-1). No length is believed, and no rest waited for."""
+    assert wait_to_read(server, BEFORE[name]) == (7, bytes((0, 0, *BY_USER)))
+    assert echo(server)
+    assert until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_what_breaks_the_protocol_within_an_association_is_aborted_with_the_reason(server: Server, name: str) -> None:
+    sent, reason = WITHIN[name]
+    with line(server) as peer:
+        peer.open().say(sent)
+        assert peer.hear() == (7, bytes((0, 0, *reason)))
+    assert echo(server)
+    assert until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("early", [ECHO, RELEASE, GOOD], ids=["data", "a release", "a second request"])
+def test_who_does_not_wait_for_the_answer_is_aborted(server: Server, early: bytes) -> None:
+    assert wait_to_read(server, GOOD + early) == (7, bytes((0, 0, *UNEXPECTED)))
+
+
+def test_what_comes_behind_a_release_is_dropped(server: Server) -> None:
+    with line(server) as peer:
+        peer.open().say(RELEASE + RELEASE + ECHO)
+        assert peer.hear() == (6, bytes(4))
+    assert until(lambda: not server.connections)
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_an_abort_is_not_answered(server: Server, opened: bool) -> None:
+    with line(server) as peer:
+        if opened:
+            peer.open()
+        peer.say(ABORT)
+        assert peer.cut()
+
+
+# --- the slow and the silent ------------------------------------------------------------------------------------------
+
+PARTS = {"nothing": b"", "three bytes": GOOD[:3], "half a request": GOOD[: len(GOOD) // 2]}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_who_never_asks_for_an_association_is_cut(hasty: Server, name: str) -> None:
+    with line(hasty) as peer:
+        peer.say(PARTS[name])
+        assert peer.cut()
+    assert until(lambda: not hasty.connections)
+
+
+@pytest.mark.parametrize("sent", [ECHO[:3], ECHO[:20], STORE_COMMAND + ECHO[:7]])
+def test_who_sends_part_of_a_pdu_and_waits_is_aborted(sent: bytes) -> None:
+    with serving(replace(HASTY, idle_s=60)) as server, line(server) as peer:
+        peer.open().say(sent)
+        assert peer.hear() == (7, bytes(4))
+        assert peer.cut()
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["request", "data"])
+def test_the_deadline_is_for_the_whole_pdu_and_a_byte_now_and_then_does_not_move_it(
+    hasty: Server, opened: bool
+) -> None:
+    stop = threading.Event()
+    with line(hasty) as peer:
+        if opened:
+            peer.open()
+
+        def drip() -> None:
+            with suppress(OSError):
+                for byte in struct.pack(">BBI", 4 if opened else 1, 0, 10_000) + bytes(10_000):
+                    if stop.wait(0.02):
+                        return
+                    peer.say(bytes((byte,)))
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        while peer.hear()[0]:
+            pass
+        stop.set()
+        dripping.join()
+    assert until(lambda: not hasty.connections)
+
+
+def test_an_association_that_says_nothing_is_aborted(hasty: Server) -> None:
+    with line(hasty) as peer:
+        peer.open()
+        assert peer.hear() == (7, bytes(4))
+
+
+def test_a_peer_that_never_reads_its_answers_is_cut() -> None:
+    with serving(replace(PATIENT, send_s=0.3)) as server, line(server) as peer:
+        peer.open()
+        peer.stream.settimeout(0.2)
+        with suppress(OSError):
+            while True:
+                peer.say(ECHO * 1000)
+        assert until(lambda: not server.connections)
+
+
+def test_a_hundred_silent_connections_of_five_kinds_keep_no_honest_one_waiting(server: Server) -> None:
+    kinds = [b"", GOOD[:3], GOOD[:100], GOOD, GOOD]
+    with ExitStack() as lines:
+        for number in range(100):
+            peer = lines.enter_context(line(server))
+            peer.say(kinds[number % 5])
+            if number % 5 > 2:
+                assert peer.hear()[0] == 2
+                peer.say(ECHO[:4] if number % 5 == 3 else STORE_COMMAND)
+        for _ in range(5):
+            assert echo(server)
+        assert (server.associations, server.connections) == (40, 100) or until(lambda: server.connections == 100)
+    assert until(lambda: not server.connections)
+
+
+def test_more_silent_connections_than_may_wait_make_room_for_an_honest_one() -> None:
+    with serving(replace(PATIENT, waiting=20)) as server, ExitStack() as lines:
+        silent = [lines.enter_context(line(server)) for _ in range(60)]
+        assert echo(server)
+        assert silent[0].cut()
+        assert server.connections <= 22
+
+
+# --- crowds and rubbish -----------------------------------------------------------------------------------------------
+
+
+def test_whoever_connects_and_closes_costs_nothing_and_leaves_no_line(server: Server) -> None:
+    with capture_logs() as lines:
+        for _ in range(1500):
+            socket.create_connection(server.address, timeout=20).close()
+        assert echo(server)
+        assert until(lambda: not server.connections)
+    assert lines == []
+
+
+def rubbish(seed: int) -> bytes:
+    """Random bytes, or an honest conversation with some bytes changed, cut somewhere."""
+    chance = random.Random(seed)  # noqa: S311 - the same rubbish each time
+    if chance.random() < 0.3:
+        return chance.randbytes(chance.randrange(1, 400))
+    data = bytearray(GOOD + ECHO + STORE_COMMAND + values((3, 2, b"data")) + RELEASE)
+    for _ in range(chance.randrange(1, 8)):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+    return bytes(data[: chance.randrange(1, len(data) + 1)])
+
+
+def test_random_bytes_and_changed_pdus_leave_the_server_as_it_was(hasty: Server) -> None:
+    before = threading.active_count()
+    with capture_logs() as lines:
+        for seed in range(600):
+            with suppress(OSError), line(hasty) as peer:
+                peer.say(rubbish(seed))
+                peer.stream.shutdown(socket.SHUT_WR)
+        assert echo(hasty)
+        assert until(lambda: not hasty.connections)
+    assert until(lambda: threading.active_count() <= before)
+    assert {entry["event"] for entry in lines} <= {"association_cut", "association_refused"}
+    assert 0 < len(lines) < 300
+    assert hasty.memory.taken_bytes == 0
+
+
+def test_a_flood_of_refusals_is_a_few_lines_and_a_count(server: Server) -> None:
+    with capture_logs() as lines:
+        for _ in range(200):
+            assert wait_to_read(server, association(calling="STRANGER"))[0] == 3
+        server._lines_at -= 60  # a minute later
+        assert wait_to_read(server, association(calling="STRANGER"))[0] == 3
+    assert len(lines) < 120
+    assert lines[0] == {
+        "event": "association_refused",
+        "part": "transport",
+        "log_level": "warning",
+        "calling": "STRANGER",
+        "called": "REMNANT",
+        "address": "127.0.0.1",
+        "why": "not one of ours",
+    }
+    assert sum(entry.get("lines_left_out", 0) for entry in lines) + len(lines) == 201
+
+
+def test_an_object_beyond_the_bound_is_handed_over_as_too_long_and_the_next_one_is_taken() -> None:
+    desk = Desk()
+    with serving(replace(PATIENT, object_bytes=1000), desk) as server, line(server) as camera:
+        camera.open()
+        for size in (1001, 1000):
+            camera.say(STORE_COMMAND + values((3, 0, bytes(size - 500)), (3, 2, bytes(500))))
+            assert camera.hear()[0] == 4
+        assert [(len(one.data), one.excess) for one in desk.taken] == [(0, "object"), (1000, "")]
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_aborts_a_hundred_idle_associations_at_once() -> None:
+    with serving(PATIENT) as server, ExitStack() as lines:
+        address = server.address
+        peers = [lines.enter_context(line(server)).open() for _ in range(100)]
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        assert {peer.hear() for peer in peers} == {(7, bytes(4))}
+        for peer in peers:
+            peer.stream.close()
+        stopping.join(20)
+        assert not stopping.is_alive()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, timeout=20)
+
+
+def test_stopping_lets_a_message_under_way_come_to_its_status_and_then_aborts() -> None:
+    desk = Desk()
+    desk.go_on.clear()
+    with serving(PATIENT, desk) as server, line(server) as camera:
+        camera.open().say(STORE_COMMAND + values((3, 2, b"data")))
+        assert desk.reached.wait(20)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        assert until(lambda: server.stopping)
+        desk.go_on.set()
+        kind, _ = camera.hear()
+        assert (kind, len(desk.taken)) == (4, 1)
+        assert camera.hear() == (7, bytes(4))
+        camera.stream.close()
+        stopping.join(20)
+        assert not stopping.is_alive()
+
+
+def test_stopping_waits_for_half_a_message_only_so_long_and_never_says_success() -> None:
+    desk = Desk()
+    with serving(PATIENT, desk) as server, line(server) as camera:
+        camera.open().say(STORE_COMMAND + values((3, 0, b"half of the da")))
+        (connection,) = server._associations
+        assert until(lambda: not connection._inbox.empty)
+        server.stop(0.3)
+        assert camera.hear()[0] in (0, 7)
+        assert desk.taken == []
+        assert not server.connections

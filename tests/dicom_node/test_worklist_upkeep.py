@@ -159,3 +159,74 @@ def test_the_clock_is_the_databases_and_counts_in_utc(engine):
         sql = {"sqlite": "SELECT strftime('%s', 'now')", "postgresql": "SELECT extract(epoch FROM clock_timestamp())"}
         epoch = float(conn.exec_driver_sql(sql[engine.dialect.name]).scalar())
     assert abs(parse(here).timestamp() - epoch) < 60
+
+
+def tamper(engine, *statements):
+    """Edit the history behind our back, as somebody with the file, or the password, could."""
+    unlock = {
+        "sqlite": ("DROP TRIGGER event_no_update", "DROP TRIGGER event_no_delete"),
+        "postgresql": ("DROP TRIGGER event_no_change ON event",),
+    }
+    with engine.begin() as conn:
+        for statement in (*unlock[engine.dialect.name], *statements):
+            conn.execute(text(statement))
+
+
+@pytest.fixture
+def checked(camera, worker):
+    """Two scans, a checkpoint, a third scan, another checkpoint."""
+    for number in (1, 2):
+        camera.send(f"s{number}", study_instance_uid=f"2.25.4{number}")
+    worker.finish(worker.claim())
+    assert worklist.checkpoint(camera.engine) is not None
+    camera.send("s3", study_instance_uid="2.25.43")
+    assert worklist.checkpoint(camera.engine, every_s=0) is not None
+    return camera.engine
+
+
+def test_a_checkpoint_covers_what_happened_since_the_one_before_once_a_day(camera):
+    assert worklist.checkpoint(camera.engine) is None, "nothing has happened yet"
+    scan_id = camera.send("scan").scan_id
+    first = worklist.checkpoint(camera.engine)
+    assert (first.first, first.histories) == (1, 1)
+    assert worklist.checkpoint(camera.engine) is None, "the last one is young"
+    assert worklist.checkpoint(camera.engine, every_s=0) is None, "nothing has happened since"
+    camera.send("ct", sop_class_uid="1.2.840.10008.5.1.4.1.1.2", reason="wrong_class", frames=())
+    second = worklist.checkpoint(camera.engine, every_s=0)
+    assert (second.first, second.histories) == (first.last + 1, 2), "the other row and the node's own"
+    assert worklist.checkpoints(camera.engine) == (first, second)
+    assert worklist.verify_history(camera.engine) == ()
+    assert scan_id
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        ("UPDATE event SET detail = 'nothing happened' WHERE scan_id = 1 AND sequence = 1", "was changed after"),
+        ("UPDATE event SET at = '2026-01-01T00:00:00.000Z' WHERE scan_id = 2 AND sequence = 2", "was changed after"),
+        ("DELETE FROM event WHERE scan_id = 1 AND sequence = 2", "lacks event 2"),
+        ("DELETE FROM event WHERE scan_id = 2 AND sequence = 3", "is not what it was at the checkpoint"),
+        ("DELETE FROM event WHERE scan_id = 3", "is not what it was at the checkpoint"),
+        ("DELETE FROM event WHERE scan_id IS NULL AND sequence = 1", "the history of the node lacks event 1"),
+        (
+            "INSERT INTO event (scan_id, sequence, at, event, detail, digest)"
+            " SELECT scan_id, 99, at, event, detail, digest FROM event WHERE scan_id = 1 AND sequence = 1",
+            "lacks event",
+        ),
+        ("UPDATE scan SET state = 'failed' WHERE id = 2", "its history ends elsewhere"),
+    ],
+)
+def test_an_event_that_was_changed_removed_or_added_is_found(checked, harm, says):
+    assert worklist.verify_history(checked) == ()
+    tamper(checked, harm)
+    assert any(says in fault for fault in worklist.verify_history(checked))
+
+
+def test_purge_and_forgetting_keep_the_history_whole(checked, camera):
+    camera.send("ct", sop_class_uid="1.2.840.10008.5.1.4.1.1.2", reason="wrong_class", frames=())
+    for scan_id in (1, 2, 3, 4):
+        age(checked, scan_id, 400)
+    assert purge(checked)
+    assert worklist.forget(checked, 365) == 2
+    assert worklist.checkpoint(checked, every_s=0) is not None
+    assert worklist.verify_history(checked) == ()

@@ -1,21 +1,25 @@
 """A hospital's peers, for real: Orthanc and DCMTK's storescp, on loopback, in folders of their own."""
 
 import http.client
+import importlib.util
 import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 _START_S = 60.0
+_CASES = Path(__file__).parents[1] / "dicom_node" / "report" / "conftest.py"
 
 
 def _free_port() -> int:
@@ -137,6 +141,19 @@ class Orthanc:
         with suppress(OSError):
             return bool(self._get_json("/system"))
         return False
+
+
+@pytest.fixture(scope="session")
+def cases() -> Iterator[ModuleType]:
+    """The cases of the report's own tests: scans of the simulated camera and outcomes built by hand on them."""
+    spec = importlib.util.spec_from_file_location("cases_of_the_report_tests", _CASES)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="session")

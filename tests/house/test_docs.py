@@ -16,7 +16,7 @@ from dicom_node.worklist import DELIVERY_STATES, STATES, TRANSITIONS, VIEW_COLUM
 from pipeline.reasons import REASONS
 
 ROOT = Path(__file__).parents[2]
-COMMAND = re.compile(r"(?:^|&& |/)remnant ((?:worklist|db|models) [a-z-]+|[a-z]+)")
+COMMAND = re.compile(r"(?:^|&& |/)remnant ((?:worklist|db|models|audit|quarantine) [a-z-]+|[a-z]+)")
 
 
 def page(name: str) -> str:

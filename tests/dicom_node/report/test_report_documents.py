@@ -191,7 +191,7 @@ def test_a_site_may_put_its_own_code_in_the_place_of_ours(case):
     assert check(made.render(), made.sources, made.outcome, made.context) == ()
 
 
-_SITE = "".join(f'RMN{number:03d} = ["S{number}", "99SITE", "Site concept {number}"]\n' for number in range(1, 8))
+_SITE = "".join(f'RMN{number:03d} = ["S{number}", "99SITE", "Site concept {number}"]\n' for number in range(1, 9))
 
 
 @pytest.mark.parametrize("outcome", ["present", "absent", "low_counts"])
@@ -208,8 +208,16 @@ def test_codes_of_a_site_come_from_its_settings_into_every_kind_of_result(case, 
             assert "RMN0" not in str(element.value if element.keyword == "CodeValue" else "")
             if element.keyword == "CodeMeaning" and str(element.value).startswith("Site concept"):
                 used.add(str(element.value))
-    wanted = {"present": (1, 2, 3, 7), "absent": (1, 2, 6, 7), "low_counts": (5, 7)}[outcome]
+    wanted = {"present": (1, 2, 3, 7), "absent": (1, 2, 6, 7), "low_counts": (5, 7, 8)}[outcome]
     assert used == {f"Site concept {number}" for number in wanted}
+
+
+@pytest.mark.parametrize("reason", ["low_counts", "view_missing"])
+def test_the_title_of_a_note_says_that_there_is_no_result(case, reason):
+    (titled,) = case(reason).read().ConceptNameCodeSequence
+    assert titled.CodeMeaning == "No result: scan not analysed for residual thyroid tissue"
+    (finding,) = case("absent").read().ConceptNameCodeSequence
+    assert finding.CodeMeaning == "Imaging Measurement Report"
 
 
 def test_public_codes_have_the_meaning_of_the_dictionary():

@@ -92,14 +92,14 @@ def test_the_short_document_says_in_words_what_the_picture_says(case, verdict):
 
 
 def test_a_short_note_says_why_and_nothing_that_reads_as_negative(case):
-    made = case("low_counts", codes={"RMN005": ("7", "99SITE", "Why not"), "RMN007": ("8", "99SITE", "Our analysis")})
+    made = case("low_counts", codes={"RMN005": ("7", "99SITE", "Why not"), "RMN008": ("8", "99SITE", "No result")})
     ds = _read(derive(made.render().data, BasicTextSRStorage).data)
     assert _texts(ds) == list(wording.summary(made.outcome, made.context.model))
     assert "This is not a negative result." in _texts(ds)
     coded = [item.ConceptCodeSequence[0].CodeValue for item in ds.ContentSequence if item.ValueType == "CODE"]
     assert coded[-2:] == ["111245", "110513"]
     assert not set(coded) & {code.value for code in codes.VERDICTS.values()}
-    assert ds.ConceptNameCodeSequence[0].CodeMeaning == "Our analysis"
+    assert ds.ConceptNameCodeSequence[0].CodeMeaning == "No result"
 
 
 def test_each_class_has_its_own_uid_and_the_same_input_gives_the_same_bytes(case):

@@ -134,6 +134,7 @@ _SR_FAULTS = {
     "probability of 873 %": (lambda ds: _set(_probability(ds), NumericValue="873"), "not within 0 to 100"),
     "probability of 173 %": (lambda ds: _set(_probability(ds), NumericValue="173"), "not within 0 to 100"),
     "probability below 0": (lambda ds: _set(_probability(ds), NumericValue="-1"), "not within 0 to 100"),
+    "probability off by a digit": (lambda ds: _set(_probability(ds), NumericValue="87.32"), "not that of the finding"),
     "probability as a fraction": (lambda ds: _set(_probability(ds), NumericValue="0.873"), "not that of the finding"),
     "unit not UCUM": (
         lambda ds: _set(_probability(ds).MeasurementUnitsCodeSequence[0], CodingSchemeDesignator="99X"),
@@ -178,6 +179,10 @@ _SR_FAULTS = {
     ),
     "verdict twice": (lambda ds: ds.ContentSequence.append(_verdict(ds)), "said once"),
     "no probability": (lambda ds: _remove(ds, codes.PROBABILITY), "does not stand exactly once"),
+    "title of a note": (
+        lambda ds: _set(ds, ConceptNameCodeSequence=[code_item(codes.NO_RESULT)]),
+        "the document's title is not that of a finding",
+    ),
     "no procedure": (lambda ds: _remove(ds, codes.PROCEDURE_REPORTED), "the procedure reported is missing"),
     "no tracking UID": (lambda ds: _remove(ds, codes.TRACKING_UID), "has no tracking UID"),
     "no outline": (lambda ds: _remove(ds, codes.IMAGE_REGION), "has no outline of its own"),
@@ -272,11 +277,27 @@ def test_a_note_that_could_be_read_as_negative_does_not_leave(case, fault):
     assert any("does not say that no algorithm succeeded" in one for one in faults)
 
 
+def test_a_note_with_the_title_of_a_finding_does_not_leave(case):
+    made = case("low_counts")
+    faulty = _rewritten(made.render(), lambda ds: _set(ds, ConceptNameCodeSequence=[code_item(codes.TITLE)]))
+    assert any("title is not" in one for one in check(faulty, made.sources, made.outcome, made.context))
+
+
 def test_a_note_with_the_figures_of_a_finding_does_not_leave(case, present):
     note = case("low_counts")
     figure = _first(pydicom.dcmread(BytesIO(present[1].data)), codes.PROBABILITY)
     faulty = _rewritten(note.render(), lambda ds: ds.ContentSequence.append(figure))
     assert any("carries a probability" in one for one in check(faulty, note.sources, note.outcome, note.context))
+
+
+@pytest.mark.parametrize(("probability", "written"), [(0.999999, "100.00"), (0.999999, "100")])
+def test_a_probability_that_reads_as_certainty_does_not_leave(case, probability, written):
+    made = case("present")
+    made = replace(made, outcome=replace(made.outcome, probability=probability))
+    assert check(made.render(), made.sources, made.outcome, made.context) == ()
+    assert _probability(made.read()).NumericValue == "99.99"
+    faulty = _rewritten(made.render(), lambda ds: _set(_probability(ds), NumericValue=written))
+    assert any("reads as certainty" in one for one in check(faulty, made.sources, made.outcome, made.context))
 
 
 def test_a_result_is_held_against_its_own_outcome(case, present):

@@ -43,7 +43,7 @@ def test_text_is_drawn_at_the_size_it_is_shown_and_reads_in_grey(case):
     """Full white beside the bare background: strokes of text that was scaled afterwards would be grey all over."""
     for outcome in ("present", "absent", "undetermined", "low_counts"):
         made = case(outcome)
-        line = overlay.draw(made.outcome, made.context.model, colour=False)[90:145, 30:-30]
+        line = overlay.draw(made.outcome, made.context.model, colour=False)[120:175, 30:-30]
         background = int(np.median(line))
         assert background <= 70
         between = ((line != background) & (line < 247)).sum()
@@ -53,7 +53,7 @@ def test_text_is_drawn_at_the_size_it_is_shown_and_reads_in_grey(case):
 def test_the_verdicts_differ_in_grey_too(case):
     outcome = case("present").outcome
     words = {
-        overlay.draw(replace(outcome, finding=word), colour=False)[86:145].tobytes()
+        overlay.draw(replace(outcome, finding=word), colour=False)[116:175].tobytes()
         for word in ("present", "absent", "undetermined")
     }
     assert len(words) == 3
@@ -64,10 +64,10 @@ def test_the_top_and_the_bottom_are_left_to_the_viewers_own_text(case, outcome):
     made = case(outcome)
     for colour in (True, False):
         picture = overlay.draw(made.outcome, made.context.model, colour=colour)
-        assert picture.shape == ((768, 1024, 3) if colour else (768, 1024))
+        assert picture.shape == ((800, 1024, 3) if colour else (800, 1024))
         assert picture.dtype == np.uint8
-        assert not picture[: overlay.MARGIN].any()
-        assert not picture[-overlay.MARGIN :].any()
+        assert not picture[: overlay.HEAD].any()
+        assert not picture[-overlay.FOOT :].any()
         assert picture.any()
 
 
@@ -96,7 +96,7 @@ def test_the_outline_lies_on_the_tissue_it_was_drawn_around(case):
     with_outline, without = overlay.draw(outcome).astype(int), overlay.draw(elsewhere).astype(int)
     changed = np.abs(with_outline - without).sum(axis=2) > 0
     view = outcome.views[0]
-    panel = changed[257 : 256 + 329, 15 : 14 + 329]
+    panel = changed[287 : 286 + 329, 15 : 14 + 329]
     rows, columns = np.nonzero(panel)
     side_mm = 1.3 * max(view.crop.height * view.image.spacing_mm[0], view.crop.width * view.image.spacing_mm[1])
     scale = 330 * view.image.spacing_mm[1] / side_mm
@@ -111,10 +111,13 @@ def test_the_outline_lies_on_the_tissue_it_was_drawn_around(case):
     ("probability", "threshold", "text"),
     [
         (0.021, 0.5, "2.10"),
-        (0.49999, 0.5, "49.999"),
-        (0.99999, 0.5, "99.999"),
-        (0.00001, 0.5, "0.001"),
+        (0.49999, 0.5, "49.99"),
+        (0.99999, 0.5, "99.99"),
+        (0.00001, 0.5, "0.01"),
         (0.5, 0.5, "50.00"),
+        (0.50001, 0.5, "50.00"),
+        (0.12344999, 0.5, "12.34"),
+        (0.99999, 0.99999, "99.99"),
         (1.0, 0.5, "100.00"),
         (0.0, 0.5, "0.00"),
     ],

@@ -4,12 +4,11 @@
 """
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from io import BytesIO
@@ -27,7 +26,6 @@ from dicom_node.report.fallback import derive
 from dicom_node.sender import Parcel, Peer, send
 from pipeline.camera import SHAPES, examination
 
-_CASES = Path(__file__).parents[2] / "dicom_node" / "report" / "conftest.py"
 _BEFORE = Predecessor("1.2.840.10008.5.1.4.1.1.88.34", "2.25.1", "2.25.2")
 
 _PEOPLE: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -116,19 +114,6 @@ def every_row() -> list[Row]:
 @pytest.fixture(scope="session")
 def chosen_rows(every_row: list[Row]) -> list[Row]:
     return _selection(every_row)
-
-
-@pytest.fixture(scope="session")
-def cases() -> Iterator[ModuleType]:
-    """The cases of the report's own tests: scans of the simulated camera and outcomes built by hand on them."""
-    spec = importlib.util.spec_from_file_location("cases_of_the_report_tests", _CASES)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @dataclass(frozen=True)

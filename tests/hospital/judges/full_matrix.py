@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom import dcmread
+
+from dicom_node.report import codes
+from dicom_node.report.equipment import code_item
 
 pytestmark = pytest.mark.xdist_group("orthanc")
 
@@ -62,6 +66,12 @@ def test_pixelmed_finds_no_error_in_a_report_and_nothing_outside_of_its_template
     looked_at = 0
     for row in (row for row in chosen_rows if row.kind.endswith("_sr")):
         path.write_bytes(make(row)[0].data)
+        if row.outcome == "not_analysed" and row.kind != "basic_text_sr":
+            # A note's own title extends CID 7021. PixelMed holds that list for closed and then looks at nothing below.
+            assert not [line for line in pixelmed(path) if line.startswith("Error")]
+            ds = dcmread(path)
+            ds.ConceptNameCodeSequence = [code_item(codes.TITLE)]
+            ds.save_as(path)
         said = pixelmed(path)
         assert "IOD validation complete" in said
         assert not [line for line in said if line.startswith("Error")]

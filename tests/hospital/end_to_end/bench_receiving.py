@@ -1,0 +1,122 @@
+"""What receiving costs: durable C-STORE beside DCMTK's storescp, an association, idle associations, memory.
+
+Run by `make bench`. DCMTK's storescp (TCP_NODELAY=1) writes without fsync and keeps no index; the two take turns, so
+that whatever else the machine does meets both.
+"""
+
+import os
+import socket
+import statistics
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from pydicom import Dataset
+from pydicom.uid import generate_uid
+
+from pipeline.camera import examination, expose
+from pipeline.phantom import phantom
+
+ROUNDS, OBJECTS = 7, 40
+ECHOES = 200
+IDLE, IDLE_S = 10, 10.0
+VERIFICATION, IMPLICIT = b"1.2.840.10008.1.1", b"1.2.840.10008.1.2"
+
+
+def test_receiving(
+    make_node: Callable[..., Any], start_storescp: Callable[..., Any], peer: Callable[[str], Path], tmp_path: Path
+) -> None:
+    node = make_node().start("receive")
+    pid = node.pid("receive")
+    other = start_storescp()
+    (ds,) = expose(phantom(1), examination(1), "two_frames")
+    print(f"\n{OBJECTS} objects of {len(ds.PixelData) / 1000:.0f} kB a round, one sender, {ROUNDS} rounds")
+    rates: dict[str, list[float]] = {"remnant": [], "storescp": []}
+    for number in range(ROUNDS + 1):
+        for name, port, called in (("remnant", node.port, "REMNANT"), ("storescp", other.port, other.ae_title)):
+            folder = tmp_path / f"{name}-{number}"
+            write(ds, folder)
+            took_s = send(peer("/usr/bin/storescu"), folder, port, called)
+            if number:  # the first round warms up
+                rates[name].append(OBJECTS / took_s)
+    for name, values in rates.items():
+        print(f"{name}: {statistics.median(values):.0f} objects/s (best {max(values):.0f})")
+    ratios = [ours / theirs for ours, theirs in zip(rates["remnant"], rates["storescp"], strict=True)]
+    print(f"ratio: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f};"
+          f" of the best rounds {max(rates['remnant']) / max(rates['storescp']):.2f}")  # fmt: skip
+    assert len(node.rows()) == OBJECTS * (ROUNDS + 1), "an acknowledged object is not in the worklist"
+    set_up = [associate(node.port)[0] for _ in range(ECHOES)]
+    print(f"set-up of an association, ms: median {1000 * statistics.median(set_up):.2f}, best {1000 * min(set_up):.2f}")
+    before = cpu_s(pid)
+    with ExitStack() as lines:
+        for _ in range(IDLE):
+            lines.enter_context(closing(associate(node.port, keep=True)[1]))
+        before = cpu_s(pid)
+        threading.Event().wait(IDLE_S)
+        print(f"{IDLE} idle associations: {100 * (cpu_s(pid) - before) / IDLE_S:.1f} % of a core")
+    print(f"peak memory of the receiver: {memory_mib(pid):.0f} MiB")
+    huge(node.port)
+    print(f"the same after 100 PDUs that claim 512 MiB: {memory_mib(pid):.0f} MiB")
+
+
+def write(ds: Dataset, folder: Path) -> None:
+    folder.mkdir()
+    for number in range(OBJECTS):
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        ds.StudyInstanceUID = generate_uid()
+        ds.save_as(folder / f"{number:03}.dcm", enforce_file_format=True)
+
+
+def send(storescu: Path, folder: Path, port: int, called: str) -> float:
+    """Send a folder in one association; return the seconds it took, without the program's start."""
+    command = [str(storescu), "-aet", "OPTIMA1", "-aec", called, "--max-send-pdu", "131072", "127.0.0.1", str(port)]
+    environment = {**os.environ, "TCP_NODELAY": "1"}
+    started = time.monotonic()
+    subprocess.run([*command, str(next(folder.iterdir()))], check=True, env=environment, capture_output=True)
+    one_s = time.monotonic() - started
+    started = time.monotonic()
+    subprocess.run([*command, *sorted(map(str, folder.iterdir()))], check=True, env=environment, capture_output=True)
+    return max(time.monotonic() - started - one_s, 0.001)
+
+
+def associate(port: int, *, keep: bool = False) -> tuple[float, socket.socket]:
+    """Ask for Verification; return the seconds until the answer and the connection, released unless it is kept."""
+
+    def item(kind: int, content: bytes) -> bytes:
+        return struct.pack(">BBH", kind, 0, len(content)) + content
+
+    context = item(0x20, b"\1\0\0\0" + item(0x30, VERIFICATION) + item(0x40, IMPLICIT))
+    user = item(0x50, item(0x51, struct.pack(">I", 16384)) + item(0x52, b"1.2.3.4"))
+    content = b"\0\1\0\0" + b"REMNANT".ljust(16) + b"OPTIMA1".ljust(16) + bytes(32)
+    content += item(0x10, b"1.2.840.10008.3.1.1.1") + context + user
+    started = time.monotonic()
+    stream = socket.create_connection(("127.0.0.1", port), timeout=30)
+    stream.sendall(struct.pack(">BBI", 1, 0, len(content)) + content)
+    assert stream.recv(4096)[0] == 2
+    took_s = time.monotonic() - started
+    if not keep:
+        stream.sendall(struct.pack(">BBII", 5, 0, 4, 0))
+        assert stream.recv(16)[0] == 6
+        stream.close()
+    return took_s, stream
+
+
+def huge(port: int) -> None:
+    for _ in range(100):
+        with closing(associate(port, keep=True)[1]) as stream:
+            stream.sendall(struct.pack(">BBI", 4, 0, 512 * 1024**2))
+            assert stream.recv(16)[:1] in (b"\x07", b"")
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
