@@ -24,6 +24,7 @@ from models import metrics
 from models.initial import InitialWeights
 from models.train import EpochReport, TrainingSettings, logits, train
 from pipeline.hospital_cohort import divide
+from pipeline.preprocess import IMAGENET, Standard
 
 PAPER_NETWORKS: Final = ("resnet18", "squeezenet1_1", "shufflenet_v2_x1_0")
 PAPER_LEARNING_RATE: Final = 1e-5
@@ -45,7 +46,7 @@ class ProtocolData:
 
     `planes`: (P, K, 3, S, S), as `models.train.train` takes images; `labels`: (P,), 1 with residual tissue;
     `patients`: (P,), whose scan it is, any names; `description`: which scans these are, in words; `synthetic`: whether
-    any of them is simulated.
+    any of them is simulated; `standard`: what makes planes the network's inputs.
     """
 
     planes: NDArray[Any]
@@ -53,6 +54,7 @@ class ProtocolData:
     patients: tuple[str, ...]
     description: str
     synthetic: bool
+    standard: Standard = IMAGENET
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,6 @@ class ProtocolSettings:
     shift: int = 0
     seed: int = 131
     curve_every: int = 1
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def rate_for(self, start: InitialWeights) -> float:
         if self.learning_rate is not None:
@@ -316,7 +316,7 @@ def _run(
     inputs = data.planes.shape[1]
     images, labels = _images(data, training)
     test_images, test_labels = _images(data, testing)
-    how = training_settings(settings, architecture, start, data.planes.shape[-1], seed=settings.seed + number)
+    how = training_settings(settings, architecture, start, data, seed=settings.seed + number)
     curve: list[CurvePoint] = []
 
     def after_epoch(report: EpochReport, network: torch.nn.Module) -> None:
@@ -350,19 +350,22 @@ def _run(
 
 
 def training_settings(
-    settings: ProtocolSettings, architecture: str, start: InitialWeights, edge: int, *, seed: int
+    settings: ProtocolSettings, architecture: str, start: InitialWeights, data: ProtocolData, *, seed: int
 ) -> TrainingSettings:
     """How `models.train` is to train one network of the experiment."""
     return TrainingSettings(
         architecture=architecture,
-        stages=((settings.epochs, edge),),
+        stages=((settings.epochs, data.planes.shape[-1]),),
         batch_size=settings.batch_size,
         learning_rate=settings.rate_for(start),
+        schedule="constant",
+        frozen="backbone" if settings.frozen else "none",
         seed=seed,
         flip=settings.flip,
         shift=settings.shift,
-        mean=settings.mean,
-        std=settings.std,
+        scale=data.standard.scale,
+        mean=data.standard.mean,
+        std=data.standard.std,
     )
 
 
