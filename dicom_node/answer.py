@@ -17,6 +17,7 @@ from dicom_node import __version__, report
 from dicom_node.messages import Answer, Provenance, Rendered, Setup, Task, Version, Wanted
 from models.weights import LoadedModel
 from pipeline.analyse import analyse, model_facts
+from pipeline.beside import with_details
 from pipeline.camera import examination, expose
 from pipeline.finding import Declined, Finding, ModelFacts, ViewName
 from pipeline.phantom import phantom
@@ -61,6 +62,8 @@ def answer(
         if task.reason is not None and isinstance(outcome, Finding):
             # The worklist gave this row up: it gets its note, never a finding (design, section 4).
             outcome = Declined(task.reason, "", ours=True, images=tuple(view.image for view in outcome.views))
+        if isinstance(outcome, Finding):
+            outcome = with_details(outcome, datasets, task.provenance.sensitivity_cps_per_mbq)
     facts = model_facts(model.record)
     made = _render_and_check(outcome, datasets, task, facts)
     if isinstance(made, str):

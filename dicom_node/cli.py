@@ -329,15 +329,29 @@ def doctor(as_json: AsJson = False, config: Config = None) -> None:
 
 @app.command()
 def conformance(
-    out: Annotated[Path, typer.Option(help="File to write; - for standard output.", metavar="FILE")] = Path(
-        "deploy/CONFORMANCE.md"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write, - for standard output; by default CONFORMANCE.md or IHE-AI-RESULTS.md in deploy/.",
+            metavar="FILE",
+        ),
+    ] = None,
+    ihe: Annotated[bool, typer.Option("--ihe", help="Write the IHE AI Results narrative instead.")] = False,
     config: Config = None,
 ) -> None:
     """Write the DICOM conformance statement from the very tuples this node negotiates."""
-    from dicom_node.conformance import statement
+    settings = load(config)
+    if ihe:
+        from dicom_node.ihe_narrative import narrative
+        from dicom_node.service import load_record
 
-    text = statement(load(config))
+        out = out or Path("deploy/IHE-AI-RESULTS.md")
+        text = narrative(load_record(settings))
+    else:
+        from dicom_node.conformance import statement
+
+        out = out or Path("deploy/CONFORMANCE.md")
+        text = statement(settings)
     if str(out) == "-":
         typer.echo(text, nl=False)
         return
@@ -801,12 +815,13 @@ def models_accept(
     Refused: other weights or preprocessing than were evaluated, a criterion that does not hold, simulated scans.
     """
     from dicom_node import training
+    from models.weights import WeightsError
     from pipeline.acceptance import AcceptanceError
 
     load(config)
     try:
         path = training.accept(record, report, signed_by=signed_by, camera=camera, name=name, out=out)
-    except AcceptanceError as error:
+    except (AcceptanceError, WeightsError) as error:
         typer.echo(f"remnant: not accepted: {error}", err=True)
         raise typer.Exit(ANSWER_IS_NO) from error
     typer.echo(f"accepted as {name} in {path}")

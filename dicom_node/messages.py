@@ -43,7 +43,7 @@ class Provenance:
     `predecessors` are (SOPClassUID, SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID) of the Structured Reports that
     this revision replaces; `accepted` is whose the result is to be, where a person accepted another identity than the
     received one; `offline` chooses the UID namespace of `remnant analyse`, whose results must never pass for
-    the node's.
+    the node's; `sensitivity_cps_per_mbq` is the camera's calibration, None without one.
     """
 
     revision: int
@@ -56,6 +56,7 @@ class Provenance:
     predecessors: tuple[tuple[str, str, str, str], ...] = ()
     accepted: AcceptedIdentity | None = field(default=None, repr=False)
     offline: bool = False
+    sensitivity_cps_per_mbq: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

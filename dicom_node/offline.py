@@ -115,6 +115,7 @@ def _answer(
             codes=settings.codes,
             settings_fingerprint=fingerprint,
             offline=True,
+            sensitivity_cps_per_mbq=settings.analysis.sensitivity_cps_per_mbq or None,
         ),
         wanted=wanted_by(settings.destinations) if out is not None else (),
     )

@@ -6,6 +6,7 @@ folder `spool/quarantine` (see `reconcile`). An object is named by its number in
 digits of its name. Nothing here shows a patient's identity unless it is asked for.
 """
 
+import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from dicom_node import spool, worklist
+from dicom_node import log, spool, worklist
 from dicom_node.errors import StorageError
 from dicom_node.reconcile import enter, read_orphan, rules_of
 from dicom_node.settings import Settings
@@ -22,6 +23,8 @@ from dicom_node.worklist.clock import text_of
 from pipeline.views import HEADER_LIMIT, HeaderFacts, UnreadableHeader, header_facts
 
 _DIGITS = 16
+
+_log = log.get("quarantine")
 
 _IDENTITY = ("patient_id", "issuer_of_patient_id", "patient_name", "accession_number")
 
@@ -160,3 +163,20 @@ def discard(engine: Engine, store: Spool, which: str, reason: str) -> None:
         return
     # Written down first: a kill in between leaves bytes that retention has written off, and reconcile removes them.
     spool.remove(store.objects / worklist.discard_version(engine, int(one.id), reason))
+
+
+def expire_files(engine: Engine, store: Spool) -> int:
+    """Remove files of the quarantine folder whose time is over, and warn of those whose time is near, each with a line
+    in the node's history; returns how many were removed. Versions that hang on a row go with the row."""
+    removed = 0
+    for path in store.quarantine.glob("*.dcm"):
+        days = (time.time() - path.stat().st_mtime) / 86_400
+        if days >= worklist.DISPUTED_DAYS:
+            worklist.record_event(engine, "purged", f"file sha256 {path.stem} of the quarantine")
+            spool.remove(path)
+            removed += 1
+        elif days >= worklist.DISPUTED_DAYS - worklist.WARNING_DAYS and worklist.record_event(
+            engine, "purge_near", f"file sha256 {path.stem} of the quarantine", once=True
+        ):
+            _log.warning("alarm", what="purge_near", file=path.name[:_DIGITS])
+    return removed

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sqlalchemy import Engine
 
-from dicom_node import log, reconcile, spool, worklist
+from dicom_node import log, quarantine, reconcile, spool, worklist
 from dicom_node.errors import RemnantError, SettingsError
 from dicom_node.settings import Settings
 from dicom_node.spool import Spool
@@ -359,7 +359,9 @@ def _checkpoint(house: House) -> bool:
 def _purge(house: House) -> bool:
     """Remove the bytes whose retention is over; facts stay, so that a resend is still recognised."""
     storage = house.settings.storage
-    purged = 0
+    for scan_id in worklist.warn_before_purge(house.engine, storage.retention_days):
+        _log.warning("alarm", what="purge_near", scan=scan_id)
+    purged = quarantine.expire_files(house.engine, house.spool)
     for item in worklist.purgeable(house.engine, retention_days=storage.retention_days):
         folder = house.spool.objects if item.kind == "instance" else house.spool.results
         # Marked first: a row that is retried at this moment keeps its bytes.

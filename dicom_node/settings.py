@@ -20,6 +20,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -230,6 +231,9 @@ class Analysis(_Section):
     """Seconds one analysis may take before its process is ended; "paper" needs 60 on a slow machine."""
     attempts: PositiveInt = 3
     """Ends of the analysis process (crash, time-out, memory) before the scan is `failed`."""
+    sensitivity_cps_per_mbq: NonNegativeFloat = 0
+    """The camera's calibration for uptake in percent: net counts per second and MBq of a small 131I source of known
+    activity in air, within 20 mm of it, at the distance of a neck. 0: not calibrated, and no percentage is given."""
 
 
 class ModelChoice(_Section):
@@ -350,7 +354,7 @@ class Settings(BaseSettings):
         return ZoneInfo(self.node.timezone or _system_zone())
 
 
-OUR_CODES = tuple(f"RMN{number:03d}" for number in range(1, 9))
+OUR_CODES = tuple(f"RMN{number:03d}" for number in (*range(1, 12), *range(20, 31)))
 
 
 def load(path: Path | None = None) -> Settings:

@@ -142,6 +142,7 @@ class Worker:
                 ae_title=self._settings.node.ae_title,
                 codes=self._settings.codes,
                 settings_fingerprint=self._fingerprint,
+                sensitivity_cps_per_mbq=self._settings.analysis.sensitivity_cps_per_mbq or None,
                 accepted=claim.accepted,
                 predecessors=tuple(
                     (
@@ -279,5 +280,6 @@ def fingerprint_of(settings: Settings) -> str:
         "codes": settings.codes,
         "require_views": settings.analysis.require_views,
         "preprocessing": settings.analysis.preprocessing,
+        "sensitivity_cps_per_mbq": settings.analysis.sensitivity_cps_per_mbq,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

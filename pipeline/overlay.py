@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline import wording
+from pipeline import foci_wording, wording
 from pipeline.finding import Box, Declined, Finding, ModelFacts, ViewFinding, ViewImage
 
 WIDTH, HEIGHT = 1024, 800
@@ -137,6 +137,7 @@ def _draw_view(
     # A light line under the dark one, so that the outline is seen on black and on white alike.
     pen.line(line, fill=_WHITE, width=5, joint="curve")
     pen.line(line, fill=palette.outline, width=2, joint="curve")
+    _foci(pen, finding, image, region, left)
     _frame(pen, left, _TOP, _MAIN)
     _sides(pen, image, left, _TOP, _MAIN)
     pen.text((left, _TOP - 4), wording.VIEW_TITLES[image.view], font=_font(22), fill=_WHITE, anchor="ld")
@@ -159,6 +160,20 @@ def _draw_view(
         pen.text((beside, below - 4), "evidence map, coarse", font=_font(15), fill=_WHITE, anchor="ld")
 
 
+def _foci(pen: ImageDraw.ImageDraw, finding: Finding, image: ViewImage, region: _Region, left: int) -> None:
+    """Number each focus beside its place, by two short lines that leave the focus itself to be seen."""
+    for focus, seen in foci_wording.foci_in(finding, image.view):
+        x, y = _on_panel(seen.position, region, left, _TOP, _MAIN)
+        if not (left + 12 <= x < left + _MAIN - 30 and _TOP + 22 <= y < _TOP + _MAIN - 12):
+            continue  # outside of what the panel shows; the line below the panels names it
+        line = (x + 7, y - 7, x + 15, y - 15)
+        pen.line(line, fill=_WHITE, width=4)
+        pen.line(line, fill=_BLACK, width=2)
+        # Where only the other view shows it, a question mark: its place here is derived.
+        text = str(focus.number) if seen.seen else f"{focus.number}?"
+        pen.text((x + 16, y - 15), text, font=_font(20), fill=_BLACK, anchor="lm", stroke_width=2, stroke_fill=_WHITE)
+
+
 def _draw_unread_view(picture: Image.Image, pen: ImageDraw.ImageDraw, left: int, image: ViewImage) -> None:
     """Draw a view that was received but not judged, crossed by what it lacks."""
     whole = _whole(image)
@@ -173,8 +188,10 @@ def _draw_unread_view(picture: Image.Image, pen: ImageDraw.ImageDraw, left: int,
 def _draw_foot(pen: ImageDraw.ImageDraw, outcome: Finding | Declined, model: ModelFacts | None) -> None:
     lines: list[tuple[str, int, _Colour]] = []
     if isinstance(outcome, Finding):
+        beside = [foci_wording.uptake_line(outcome), foci_wording.foci_line(outcome)]
         notes = [wording.missing_view_line(outcome), wording.flag_line(outcome.flags)]
-        lines += [(" ".join(note for note in notes if note), 17, _WHITE)] if any(notes) else []
+        for parts in (beside, notes):
+            lines += [(" ".join(part for part in parts if part), 17, _WHITE)] if any(parts) else []
     lines.append((wording.REVIEW.upper().rstrip("."), 20, _WHITE))
     if model is not None:
         _, which, trained, *_ = wording.model_lines(model)
@@ -246,9 +263,15 @@ def _heat(activation: NDArray[np.float32], region: _Region, side: int) -> Image.
 
 def _onto(point: tuple[float, float], region: _Region, left: int, top: int, side: int) -> tuple[float, float]:
     """Return where a native pixel position (centres at whole numbers) lies on the picture, kept within its panel."""
+    x, y = _on_panel(point, region, left, top, side)
+    return min(max(x, left), left + side - 1), min(max(y, top), top + side - 1)
+
+
+def _on_panel(point: tuple[float, float], region: _Region, left: int, top: int, side: int) -> tuple[float, float]:
+    """Return where a native pixel position lies on the picture, also where that is outside of its panel."""
     x = (point[0] + 0.5 - region.left) / region.width * side
     y = (point[1] + 0.5 - region.top) / region.height * side
-    return left + min(max(x, 0), side - 1), top + min(max(y, 0), side - 1)
+    return left + x, top + y
 
 
 def _corners(crop: Box) -> tuple[tuple[float, float], ...]:

@@ -6,6 +6,7 @@ have brought along (PS3.3 C.12.1.1.2). Knows nothing of patients: it is given an
 
 import unicodedata
 
+from pipeline import foci_wording
 from pipeline.finding import Declined, Finding, ModelFacts
 from pipeline.reasons import REASONS
 
@@ -97,7 +98,7 @@ def model_lines(model: ModelFacts) -> tuple[str, ...]:
 
 def flag_line(flags: tuple[str, ...]) -> str:
     """Return the flags as one line, "" where there are none."""
-    return ascii_text("Flags: " + ", ".join(flag.replace("_", " ") for flag in flags)) if flags else ""
+    return ascii_text("Flags: " + ", ".join(foci_wording.flag_words(flag) for flag in flags)) if flags else ""
 
 
 def missing_view_line(finding: Finding) -> str:
@@ -114,5 +115,6 @@ def summary(outcome: Finding | Declined, model: ModelFacts | None) -> tuple[str,
         lines += [REVIEW, *(model_lines(model) if model else ())]
     else:
         lines = [verdict_line(outcome), probability_line(outcome), missing_view_line(outcome), flag_line(outcome.flags)]
+        lines += [foci_wording.foci_line(outcome), foci_wording.uptake_line(outcome), *foci_wording.details(outcome)]
         lines += [REVIEW, *model_lines(outcome.model)]
     return tuple(line for line in lines if line)

@@ -40,7 +40,7 @@ SITES: Mapping[FocusSite, Code] = {
     "mouth_or_nose": Code("RMN029", PRIVATE_SCHEME, "Region of mouth and nose"),
     "elsewhere": Code("RMN030", PRIVATE_SCHEME, "Elsewhere in field of view"),
 }
-"""Where a focus lies against the bed, by distances in the picture: no structure was recognised, so no anatomical code."""
+"""Where a focus lies against the bed, by distances in the picture. No structure was recognised: no anatomical code."""
 OURS = (
     RESIDUAL_TISSUE,
     PROBABILITY,

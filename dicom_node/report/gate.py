@@ -27,7 +27,7 @@ from dicom_node.report.identity import text_of
 from dicom_node.report.rendering import MODALITIES, SOP_CLASSES, result_naming, result_uids
 from dicom_node.uids import valid_uid
 from pipeline import wording
-from pipeline.finding import Declined, Finding
+from pipeline.finding import Declined, Finding, ViewFinding
 from pipeline.reasons import REASONS
 
 
@@ -43,6 +43,7 @@ class _Case:
 
 
 _Check = Callable[[_Case], Iterator[str]]
+_Key = tuple[str, str]
 
 
 def check(
@@ -428,22 +429,54 @@ def _figures_are_the_views(case: _Case) -> Iterator[str]:
         ):
             yield f"the {name} group carries the decision of another view, or lacks its own"
         has_ratio = found and view.remnant_to_background is not None and np.isfinite(view.remnant_to_background)
-        # Name -> (value, half of the last digit shown, unit).
-        meant = {_key(codes.MAXIMUM): (float(view.maximum_counts), 0.0, codes.COUNTS)}
-        meant |= {_key(codes.AREA): (view.outline_area_mm2, 0.05, codes.SQUARE_MILLIMETRE)} if found else {}
-        meant |= {ratio: (float(view.remnant_to_background or 0), 0.005, codes.NO_UNITS)} if has_ratio else {}
+        # In the report's order: name, value, half of the last digit shown, unit, and whose focus it is.
+        meant: list[tuple[_Key, float, float, Code, tuple[str, _Key] | None]] = []
+        if found:
+            meant.append((_key(codes.AREA), view.outline_area_mm2, 0.05, codes.SQUARE_MILLIMETRE, None))
+        meant.append((_key(codes.MAXIMUM), float(view.maximum_counts), 0.0, codes.COUNTS, None))
+        if has_ratio:
+            meant.append((ratio, float(view.remnant_to_background or 0), 0.005, codes.NO_UNITS, None))
+        meant += _figures_of_foci(case.outcome, view, case.context, decides=decides)
         others = [item for item in figures if _name(item) != probability]
-        if sorted(str(_name(item)) for item in others) != sorted(map(str, meant)):
+        if [_name(item) for item in others] != [one[0] for one in meant]:
             yield f"the {name} group has not the figures of its view"
             continue
-        for item in others:
-            value, half, unit = meant[_name(item) or ("", "")]
+        for item, (_, value, half, unit, focus) in zip(others, meant, strict=True):
             measured = (item.get("MeasuredValueSequence") or [Dataset()])[0]
             number = _number(measured.get("NumericValue"))
             if not abs(number - value) <= half + 1e-6 * max(1.0, abs(value)):
                 yield f"a figure of the {name} group is not that of its view"
             if [_key_of(one) for one in measured.get("MeasurementUnitsCodeSequence") or ()] != [_key(unit)]:
                 yield f"a unit in the {name} group is not the UCUM unit of its figure"
+            if _focus_of(item) != focus:
+                yield f"a figure of the {name} group is not under its own focus and site"
+
+
+def _figures_of_foci(
+    finding: Finding, view: ViewFinding, context: ReportContext, *, decides: bool
+) -> Iterator[tuple[_Key, float, float, Code, tuple[str, _Key] | None]]:
+    def key(code: Code) -> _Key:
+        return _key(codes.chosen(code, context.codes))
+
+    if decides and finding.uptake is not None:
+        yield key(codes.UPTAKE), finding.uptake.percent, 0.005, codes.PER_CENT, None
+    if decides and finding.foci is not None:
+        yield key(codes.FOCI), float(len(finding.foci)), 0.0, codes.NO_UNITS, None
+    for focus in finding.foci or ():
+        whose = f"Focus {focus.number}", key(codes.SITES[focus.site])
+        for seen in focus.views:
+            if seen.view == view.image.view:
+                yield key(codes.FOCUS_COUNTS), seen.counts, 0.5, codes.COUNTS, whose
+                if seen.seen:
+                    yield key(codes.FOCUS_AREA), seen.area_mm2, 0.5, codes.SQUARE_MILLIMETRE, whose
+
+
+def _focus_of(figure: Dataset) -> tuple[str, _Key] | None:
+    """Return the tracking identifier and the finding site of a figure, None where it has neither."""
+    children = list(figure.get("ContentSequence") or ())
+    named = [text_of(item, "TextValue") for item in children if _name(item) == _key(codes.TRACKING_IDENTIFIER)]
+    sites = [_value(item) for item in children if _name(item) == _key(codes.FINDING_SITE)]
+    return None if not named and not sites else ("".join(named), (sites or [None])[0] or ("", ""))
 
 
 # --- Secondary Capture -----------------------------------------------------------------------------------------------
@@ -620,13 +653,11 @@ _BY_KIND: dict[str, tuple[_Check, ...]] = {
     ),
 }
 
-_Key = tuple[str, str]
-
 _MEANINGS: dict[_Key, str] = {
     (code.value, code.scheme_designator): code.meaning
     for value in vars(codes).values()
     for code in ([value] if isinstance(value, Code) else [])
-} | {(code.value, code.scheme_designator): code.meaning for code in codes.VERDICTS.values()}
+} | {(code.value, code.scheme_designator): code.meaning for code in (*codes.VERDICTS.values(), *codes.SITES.values())}
 
 
 # --- Reading a dataset -----------------------------------------------------------------------------------------------

@@ -239,12 +239,15 @@ def _foci(
     """
     figures = []
     if decides and finding.uptake is not None:
-        figures.append(_figure(_chosen(codes.UPTAKE, context), foci_wording.uptake_figure(finding.uptake), codes.PER_CENT))
+        figures.append(
+            _figure(_chosen(codes.UPTAKE, context), foci_wording.uptake_figure(finding.uptake), codes.PER_CENT)
+        )
     if decides and finding.foci is not None:
         figures.append(_figure(_chosen(codes.FOCI, context), str(len(finding.foci)), codes.NO_UNITS))
     for focus, seen in foci_wording.foci_in(finding, view.image.view):
         tracking = TrackingIdentifier(
-            uid=derived_uid(context.uid_namespace, "focus", naming, str(focus.number)), identifier=f"Focus {focus.number}"
+            uid=derived_uid(context.uid_namespace, "focus", naming, str(focus.number)),
+            identifier=f"Focus {focus.number}",
         )
         site = FindingSite(anatomic_location=_chosen(codes.SITES[focus.site], context))
         for name, text, unit in focus_figures(seen):

@@ -49,6 +49,8 @@ from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITION
 from dicom_node.worklist.tables import VIEW_COLUMNS
 from dicom_node.worklist.transfer import backup, copy, other_sessions, restore
 from dicom_node.worklist.upkeep import (
+    DISPUTED_DAYS,
+    WARNING_DAYS,
     KeptFile,
     Loss,
     PurgeableFile,
@@ -60,6 +62,7 @@ from dicom_node.worklist.upkeep import (
     note_lost,
     patients_and_studies,
     purgeable,
+    warn_before_purge,
 )
 from dicom_node.worklist.view import counts_by_state, details, quarantined, row, rows, scan_of
 from dicom_node.worklist.work import (
@@ -84,11 +87,13 @@ from dicom_node.worklist.work import (
 __all__ = [
     "DAMAGED",
     "DELIVERY_STATES",
+    "DISPUTED_DAYS",
     "EVENTS",
     "REST",
     "STATES",
     "TRANSITIONS",
     "VIEW_COLUMNS",
+    "WARNING_DAYS",
     "Checkpoint",
     "Claim",
     "ClaimedInstance",
@@ -165,4 +170,5 @@ __all__ = [
     "upgrade",
     "verify_events",
     "verify_history",
+    "warn_before_purge",
 ]

@@ -52,6 +52,7 @@ EVENTS = MappingProxyType(
         "substituted": "another object goes to a destination that does not take the first",
         "settled": "every delivery is at rest",
         "retry": "a person asked for a retry",
+        "purge_near": "ALARM: bytes that a person may want to look at go within 14 days",
         "purged": "bytes were removed by retention",
         "forgotten": "identity columns were emptied",
         "checkpoint": "the ends of all histories that grew since the last checkpoint, as one digest",
@@ -144,10 +145,14 @@ def tells(conn: Connection, scan_id: int | None, event: str, detail: str) -> boo
     )
 
 
-def record_event(engine: Engine, event: str, detail: str = "") -> None:
-    """Write an event of the node's own history."""
+def record_event(engine: Engine, event: str, detail: str = "", *, once: bool = False) -> bool:
+    """Write an event of the node's own history; with `once` only where it does not say this already. True: written."""
     with writing(engine) as conn:
+        lock(conn, NODE_EVENTS_LOCK)
+        if once and tells(conn, None, event, detail):
+            return False
         append(conn, None, event, detail=detail)
+        return True
 
 
 def _digest(previous: str, fields: dict[str, str | int | None]) -> str:

@@ -21,7 +21,10 @@ NOT_OURS_DAYS = 2
 """Days for rows that are at rest without any result: not a scan we answer."""
 
 DISPUTED_DAYS = 90
-"""Days for failed rows and for quarantined bytes: a person may have to look at them."""
+"""Days for failed rows, unreadable objects and quarantined bytes: a person may have to look at them."""
+
+WARNING_DAYS = 14
+"""Days before such bytes go that an alarm says so."""
 
 Loss = Literal["bytes_missing", "bytes_damaged"]
 """What can become of bytes that a row owns, beside retention."""
@@ -74,28 +77,68 @@ def purgeable(engine: Engine, retention_days: float) -> tuple[PurgeableFile, ...
         for row in at_rest:
             days = seconds_between(row["at_rest_since"], clock) / _DAY_S
             if days >= min(retention_days, NOT_OURS_DAYS):
-                files += [one for one, keep_days in _files(conn, row, retention_days) if days >= keep_days]
+                files += [one.file for one in _files(conn, row, retention_days) if days >= one.keep_days]
         return tuple(files)
 
 
-def _files(conn: Connection, row: RowMapping, retention_days: float) -> list[tuple[PurgeableFile, float]]:
-    """The files that a row still has, each with the days that it is kept."""
+def warn_before_purge(engine: Engine, retention_days: float) -> tuple[int, ...]:
+    """Write an alarm into the history of each row whose disputed bytes go within `WARNING_DAYS`; returns their ids.
+    Told once for each time that a row came to rest."""
+    with reading(engine) as conn:
+        clock = read_clock(conn)
+        near = [
+            row
+            for row in conn.execute(
+                select(scan).where(
+                    scan.c.state.in_(REST),
+                    scan.c.purged_at.is_(None),
+                    scan.c.at_rest_since <= now(-(DISPUTED_DAYS - WARNING_DAYS) * _DAY_S),
+                )
+            ).mappings()
+            if any(
+                one.disputed and seconds_between(row["at_rest_since"], clock) / _DAY_S >= one.keep_days - WARNING_DAYS
+                for one in _files(conn, row, retention_days)
+            )
+        ]
+    told = []
+    for row in near:
+        detail = f"disputed bytes of a row at rest since {row['at_rest_since']}"
+        with writing(engine) as conn:
+            held = conn.execute(select(scan).where(scan.c.id == row["id"]).with_for_update()).mappings().one()
+            if held["at_rest_since"] == row["at_rest_since"] and not history.tells(
+                conn, row["id"], "purge_near", detail
+            ):
+                history.append(conn, row["id"], "purge_near", revision=held["revision"], detail=detail)
+                told.append(int(row["id"]))
+    return tuple(told)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A file that a row still has, the days that it is kept, and whether a person may have to look at it."""
+
+    file: PurgeableFile
+    keep_days: float
+    disputed: bool
+
+
+def _files(conn: Connection, row: RowMapping, retention_days: float) -> list[_Kept]:
     results = conn.execute(select(result).where(result.c.scan_id == row["id"]).order_by(result.c.id)).mappings().all()
-    if row["state"] in {"failed", "recalled"}:
-        keep_days: float = max(DISPUTED_DAYS, retention_days)
-    elif results:
-        keep_days = retention_days
-    else:
-        keep_days = min(NOT_OURS_DAYS, retention_days)
-    found: list[tuple[PurgeableFile, float]] = []
+    long_days = max(DISPUTED_DAYS, retention_days)
+    # An unreadable object may be a scan that somebody waits for: nothing was sent for it, not even a note.
+    disputed = row["state"] in {"failed", "recalled"} or (row["reason"] == "unreadable" and not results)
+    keep_days = retention_days if results else min(NOT_OURS_DAYS, retention_days)
+    if disputed:
+        keep_days = long_days
+    found: list[_Kept] = []
     for one in conn.execute(
         select(instance).where(instance.c.scan_id == row["id"], instance.c.purged_at.is_(None)).order_by(instance.c.id)
     ).mappings():
-        quarantined = one["verdict"] in QUARANTINED
         file = PurgeableFile("instance", one["id"], row["id"], one["spool_name"], one["sha256"])
-        found.append((file, max(DISPUTED_DAYS, keep_days) if quarantined else keep_days))
+        quarantined = one["verdict"] in QUARANTINED
+        found.append(_Kept(file, long_days if quarantined else keep_days, disputed or quarantined))
     found += [
-        (PurgeableFile("result", one["id"], row["id"], one["file_name"], one["sha256"]), keep_days)
+        _Kept(PurgeableFile("result", one["id"], row["id"], one["file_name"], one["sha256"]), keep_days, disputed)
         for one in results
         if one["purged_at"] is None
     ]

@@ -1,8 +1,10 @@
 """Quarantine: what is not used can be seen, used after all, or given up, and nobody's identity shows unasked."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -208,3 +210,16 @@ def test_a_discarded_object_leaves_no_bytes(house: House) -> None:
     quarantine.discard(house.engine, house.spool, number, "a test image")
     assert len(list(spool.shelved(house.spool.objects))) == 1
     assert str(reconcile.reconcile(house.engine, house.spool, reconcile.rules_of(house.settings))) == ""
+
+
+def test_a_file_nobody_looked_at_goes_after_ninety_days_with_a_warning_two_weeks_before(house: House) -> None:
+    path = house.spool.quarantine / f"{'ab' * 32}.dcm"
+    path.write_bytes(b"no DICOM at all")
+    removed = []
+    for days in (75, 77, 78, 91):
+        then = time.time() - days * 86_400
+        os.utime(path, (then, then))
+        removed.append(quarantine.expire_files(house.engine, house.spool))
+    assert removed == [0, 0, 0, 1]
+    assert [one.event for one in worklist.events(house.engine, None)] == ["purge_near", "purged"]
+    assert not path.exists()

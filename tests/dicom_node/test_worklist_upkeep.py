@@ -38,8 +38,10 @@ def test_each_kind_of_row_is_kept_for_its_own_time(camera, worker):
     not_ours = scan(3, kinds=(), **NOTE, reason="flood")
     failed = scan(4, kinds=(), **(NOTE | {"outcome": "failed", "reason": "gate_failed"}))
     kept = camera.send("ct", sop_class_uid="1.2.840.10008.5.1.4.1.1.2", reason="wrong_class", frames=()).scan_id
+    unreadable = camera.send("nm", study_instance_uid="2.25.45", reason="unreadable", frames=()).scan_id
+    worker.finish(worker.claim(), kinds=(), **NOTE, reason="unreadable")
     waiting = camera.send("a", "anterior").scan_id
-    rows = {found, note, not_ours, failed, kept, waiting}
+    rows = {found, note, not_ours, failed, kept, unreadable, waiting}
 
     gone = {}
     for days in (1, 3, 29, 31, 89, 91):
@@ -47,7 +49,28 @@ def test_each_kind_of_row_is_kept_for_its_own_time(camera, worker):
             age(camera.engine, scan_id, days)
         for file in purge(camera.engine):
             gone.setdefault(file.scan_id, days)
-    assert gone == {found: 31, note: 31, not_ours: 3, failed: 91, kept: 3}
+    assert gone == {found: 31, note: 31, not_ours: 3, failed: 91, kept: 3, unreadable: 91}
+
+
+def test_an_alarm_comes_two_weeks_before_disputed_bytes_go_and_once(camera, worker):
+    disputed = camera.send("scan").scan_id
+    camera.send("scan", data="another image")
+    (pending,) = worklist.pending_versions(camera.engine)
+    worklist.judge_version(camera.engine, pending.instance_id, "other_pixels")
+    worker.finish(worker.claim())
+    failed = camera.send("f", study_instance_uid="2.25.46").scan_id
+    worker.finish(worker.claim(), kinds=(), **(NOTE | {"outcome": "failed", "reason": "gate_failed"}))
+    fine = camera.send("d", study_instance_uid="2.25.47").scan_id
+    worker.finish(worker.claim())
+
+    for days, expected in ((75, ()), (77, (disputed, failed)), (78, ())):
+        for scan_id in (disputed, failed, fine):
+            if days != 78:
+                age(camera.engine, scan_id, days)
+        assert worklist.warn_before_purge(camera.engine, 30) == expected
+    assert "purge_near" in {one.event for one in worklist.events(camera.engine, failed)}
+    assert purge(camera.engine)
+    assert worklist.verify_history(camera.engine) == ()
 
 
 def test_purging_leaves_facts_so_that_a_resend_is_recognised_and_nothing_is_retried(camera, worker):

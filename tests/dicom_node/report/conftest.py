@@ -15,7 +15,18 @@ from pydicom.dataset import Dataset
 
 from dicom_node.report import NODE_NAMESPACE, RenderedResult, ReportContext, render
 from pipeline.camera import Examination, examination, expose
-from pipeline.finding import Box, Declined, Finding, ModelFacts, SourceFrame, ViewFinding, ViewImage
+from pipeline.finding import (
+    Box,
+    Declined,
+    Finding,
+    Focus,
+    FocusView,
+    ModelFacts,
+    SourceFrame,
+    Uptake,
+    ViewFinding,
+    ViewImage,
+)
 from pipeline.phantom import phantom
 
 DIGEST = hashlib.sha256(b"weights of a test").hexdigest()
@@ -54,6 +65,33 @@ def views_of(sources: Sequence[Dataset], *, outlined: bool) -> tuple[ViewFinding
                 name = "anterior" if abs(angle - 180) < 45 else "posterior"
                 found.append(_view(ds, name, frames[number - 1], number, len(frames), outlined))
     return tuple(sorted(found, key=lambda view: view.image.view))
+
+
+def _foci(views: tuple[ViewFinding, ...]) -> tuple[Focus, ...]:
+    """Two invented foci, the second one seen from the front alone."""
+    names = [view.image.view for view in views]
+    return tuple(
+        Focus(
+            number,
+            site,
+            depth,
+            9.5 - number,
+            0.42 / number,
+            tuple(
+                FocusView(
+                    name,
+                    (100.25 + 20 * number, 120.5),
+                    name == "anterior" or number == 1,
+                    8.1,
+                    212.4 if name == "anterior" or number == 1 else 0.0,
+                    1234.4 / number,
+                    45.6,
+                )
+                for name in names
+            ),
+        )
+        for number, site, depth in ((1, "bed_left", "neck"), (2, "lateral_right", "surface"))
+    )
 
 
 def _view(ds: Dataset, name: Any, counts: np.ndarray, number: int, frames: int, outlined: bool) -> ViewFinding:
@@ -130,6 +168,8 @@ def make_case(
             preprocessing_version="1",
             seed=0,
             flags=("star_artefact",),
+            foci=_foci(views),
+            uptake=Uptake(1.2345, 0.2468, "Uptake by an invented method.") if outcome == "present" else None,
         )
     else:
         answer = Declined(outcome, "counts 12 of 1000", True, tuple(view.image for view in views))

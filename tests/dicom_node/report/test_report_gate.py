@@ -152,6 +152,21 @@ _SR_FAULTS = {
     "another area": (lambda ds: _set(_figure(ds, codes.AREA), NumericValue="1.0"), "is not that of its view"),
     "another maximum": (lambda ds: _set(_figure(ds, codes.MAXIMUM), NumericValue="1"), "is not that of its view"),
     "another ratio": (lambda ds: _set(_figure(ds, codes.RATIO), NumericValue="0.10"), "is not that of its view"),
+    "another uptake": (lambda ds: _set(_figure(ds, codes.UPTAKE), NumericValue="12.3"), "is not that of its view"),
+    "a focus more": (lambda ds: _set(_figure(ds, codes.FOCI), NumericValue="3"), "is not that of its view"),
+    "other counts": (lambda ds: _set(_figure(ds, codes.FOCUS_COUNTS), NumericValue="1"), "is not that of its view"),
+    "another focus": (
+        lambda ds: _set(_first(_first(ds, codes.FOCUS_COUNTS), codes.TRACKING_IDENTIFIER), TextValue="Focus 2"),
+        "is not under its own focus and site",
+    ),
+    "a focus on the other side": (
+        lambda ds: _set(
+            _first(_first(ds, codes.FOCUS_COUNTS), codes.FINDING_SITE).ConceptCodeSequence[0],
+            CodeValue=codes.SITES["bed_right"].value,
+            CodeMeaning=codes.SITES["bed_right"].meaning,
+        ),
+        "is not under its own focus and site",
+    ),
     "no area": (lambda ds: _remove(ds, codes.AREA), "has not the figures of its view"),
     "views swapped": (lambda ds: _measurements(ds).reverse(), "is not on the frame it was seen in"),
     "names of the views swapped": (_swap_names, "group is not called so"),

@@ -279,6 +279,15 @@ def _groups_meant(case: Any) -> list[dict[str, Any]]:
         figures += [("Area", f"{view.outline_area_mm2:.1f}", "mm2")] if found else []
         figures += [("Maximum", str(view.maximum_counts), "{counts}")]
         figures += [("Remnant to background ratio", f"{view.remnant_to_background:.2f}", "1")] if found else []
+        if first and outcome.uptake is not None:
+            figures += [("Uptake in thyroid bed", f"{outcome.uptake.percent:.2f}", "%")]
+        figures += [("Number of foci of uptake", str(len(outcome.foci)), "1")] if first else []
+        for focus in outcome.foci:
+            for seen in focus.views:
+                if seen.view == view.image.view:
+                    figures += [("Counts of focus above its surroundings", f"{seen.counts:.0f}", "{counts}")]
+                    if seen.seen:
+                        figures += [("Area of focus at half its height", f"{seen.area_mm2:.0f}", "mm2")]
         tissue, region = "Residual thyroid tissue after thyroidectomy", "Region analysed for residual thyroid tissue"
         model = outcome.model
         groups.append(
