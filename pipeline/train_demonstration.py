@@ -28,6 +28,7 @@ from models.train import EpochReport, TrainingSettings, logits, single_view, sta
 from pipeline import baseline
 from pipeline.analyse import analyse_views, fused_logit, load_model, sigmoid
 from pipeline.cohort import VIEWS, Cohort, CohortPlan, phantom_cohort
+from pipeline.demonstration_card import card
 from pipeline.evaluation import Figures, Rate, Scored, by_stratum, figures, labels_of, view_areas
 from pipeline.finding import Declined, SourceFrame, ViewImage, ViewName
 from pipeline.hospital_training import undetermined_band
@@ -41,7 +42,7 @@ _LEARNT = CohortPlan(0, 0, stratum_period=3, stratum_run=2, confusers=3.0, witho
 PLANS: Final = {
     "training": dataclasses.replace(_LEARNT, first_seed=20_000_000, pairs=8_000),
     "validation": dataclasses.replace(_LEARNT, first_seed=21_000_000, pairs=1_000),
-    "stress": CohortPlan(22_000_000, 2_000, stratum_period=1, stratum_run=1, confusers=4.0),
+    "stress": CohortPlan(25_000_000, 2_000, stratum_period=1, stratum_run=1, confusers=4.0),
     "population": CohortPlan(23_000_000, 1_000, prevalence=0.5),
     "other_camera": CohortPlan(24_000_000, 500, physics="other", prevalence=0.5),
 }
@@ -59,7 +60,7 @@ COARSE: Final = TrainingSettings(
 )
 SETTINGS: Final = dataclasses.replace(COARSE, stages=((5, GRID),), stop_after=None, learning_rate=5e-4, seed=132)
 """What `COARSE` learnt is the start of these epochs at full resolution."""
-SENSITIVITY: Final = 0.97
+SENSITIVITY: Final = 0.98
 """Share of the validation cohort's residual scans that the threshold has to call."""
 UNDETERMINED: Final = 0.015
 """Share of the validation cohort that the undetermined band may hold."""
@@ -145,6 +146,8 @@ def make(
     record = dataclasses.replace(record, metrics={key: round(value, 4) for key, value in measured.items()})
     path = weights.save(result, record, network, embedding=known)
     (result / "figures.json").write_text(json.dumps(report, indent=2) + "\n")
+    sources = {name: f"{plan.pairs:,}, seeds from {plan.first_seed}" for name, plan in plans.items()}
+    (result / f"{NAME}.md").write_text(card(weights.find(str(path)).record, report, sources), encoding="utf-8")
     return path
 
 
