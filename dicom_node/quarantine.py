@@ -1,4 +1,4 @@
-"""What is kept and not used until a person looks: `remnant quarantine`.
+"""What is kept and not used until a person looks: listed, shown, released, discarded.
 
 Two kinds of object are here. Other bytes under a known SOP Instance UID hang on the row of the first; they stay on the
 shelf, and their verdict keeps them from being used. A file that no row owns and that cannot be entered lies in the

@@ -42,6 +42,9 @@ ROLES: tuple[Role, ...] = ("receive", "work", "send")
 LEASE_S = 15.0
 """Seconds of our own monotonic time without a heartbeat after which a lease on another machine is broken."""
 
+_JUMP_S = 30.0
+"""What the clock may differ from monotonic time between two looks: far above a slow query or a slewed clock."""
+
 _LOCK_WAIT_S = 20.0
 _RESTART_FIRST_S, _RESTART_MAX_S = 0.2, 30.0
 _STEADY_S = 30.0  # a role that ran this long has recovered: its next end is restarted at once again
@@ -114,7 +117,7 @@ def run_receiver(settings: Settings, *, supervised: bool) -> None:
         receiver = Receiver(settings, house.engine, house.spool, Bell(house.spool.run / "worker.bell"))
         host, port = receiver.start()
         _announce(house.spool, "receive", host=host, port=port)
-        stop.wait()
+        _wait(stop)
         receiver.stop()
 
 
@@ -171,6 +174,7 @@ def serve(settings: Settings, config: Path | None) -> None:
     for watcher in watchers:
         watcher.start()
     _log.info("serving", roles=" ".join(ROLES))
+    _wait(stop)
     for watcher in watchers:
         watcher.join()
     _log.info("stopped")
@@ -230,6 +234,13 @@ def _stop_on_signals(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)
+
+
+def _wait(stop: threading.Event) -> None:
+    # In pieces: a signal that comes just before a wait begins does not interrupt it, and its handler runs only when
+    # this thread does something again. On a busy machine one wait for ever never saw the SIGTERM.
+    while not stop.wait(0.5):
+        pass
 
 
 def _stop_with_supervisor(stop: threading.Event) -> None:
@@ -294,9 +305,9 @@ def _ticks(house: House, wake: Callable[[], None]) -> "BackgroundScheduler":
         job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         timezone="UTC",
     )
-    observer = _LeaseObserver(house.engine)
+    observer, clock = _LeaseObserver(house.engine), _ClockWatch(house.engine)
     jobs: tuple[tuple[str, Callable[[], bool], float], ...] = (
-        ("views timeout", lambda: bool(worklist.expire_views(house.engine)), 1.0),
+        ("views timeout", lambda: _expire_views(house, clock), 1.0),
         ("expired leases", observer.look, LEASE_S / 5),
         ("reconcile", lambda: _reconcile(house), 3600.0),
         ("purge", lambda: _purge(house), 3600.0),
@@ -316,6 +327,33 @@ def _tick(name: str, job: Callable[[], bool], wake: Callable[[], None]) -> None:
             wake()
     except RemnantError as error:
         _log.error("tick_failed", tick=name, error=str(error))
+
+
+class _ClockWatch:
+    """Notices that the database's clock jumped: it then went on by more or less than our monotonic time.
+
+    A jump across a restart is not noticed. It then costs a wait, or a note for a view that was still to come, which
+    the view replaces when it comes; nothing is lost by it.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._seen: tuple[float, float] | None = None
+
+    def look(self) -> None:
+        before_s, wall_s = time.monotonic(), worklist.clock_s(self._engine)
+        if self._seen is not None:
+            jumped_s = (wall_s - self._seen[1]) - (before_s - self._seen[0])
+            if abs(jumped_s) > _JUMP_S:
+                moved = worklist.follow_clock(self._engine, jumped_s)
+                _log.error("alarm", what="clock_jumped", by_s=round(jumped_s), times_moved=moved)
+        self._seen = (before_s, wall_s)
+
+
+def _expire_views(house: House, clock: _ClockWatch) -> bool:
+    # In this order: a clock that jumped ahead must not give up views that still have their hour.
+    clock.look()
+    return bool(worklist.expire_views(house.engine))
 
 
 class _LeaseObserver:

@@ -78,7 +78,10 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        return metrics.share_interval(self.count, self.of) if self.of else None
+        if not self.of:
+            return None
+        low, high = metrics.share_interval(self.count, self.of)
+        return max(low, 0.0), min(high, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

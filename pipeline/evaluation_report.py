@@ -377,8 +377,8 @@ def _table_4(protocol: Protocol) -> Table:
         f"Table 4: performance in {groupings} random grouping{'s' if groupings != 1 else ''}, mean ± SD",
         ("network", "accuracy", "sensitivity", "specificity", "precision", "F1", "AUC"),
         tuple(rows),
-        "Accuracy to F1 in percent, at a Softmax output of one half. Residual tissue is positive: the paper calls our "
-        "specificity sensitivity, and our sensitivity specificity.",
+        "In percent, AUC too; accuracy to F1 at a Softmax output of one half. Residual tissue is positive: the paper "
+        "calls our specificity sensitivity, and our sensitivity specificity.",
         widths=(22, 13, 13, 13, 13, 13, 13),
     )
 
@@ -462,7 +462,7 @@ def _figure_9(protocol: Protocol) -> Drawing:
     return _drawing(
         plot,
         "Figure 9: loss and accuracy of training and test set by epoch. Thick: mean of the groupings; thin: each. "
-        "Single network inputs, in bfloat16.",
+        "Of single network inputs.",
     )
 
 
@@ -472,7 +472,7 @@ def _figure_10(protocol: Protocol) -> Drawing:
     for name, colour in zip(protocol.architectures, itertools.cycle(COLOURS), strict=False):
         labels, scores = pooled(protocol.of(name))
         found = area(labels, scores)
-        told = _NOT_DEFINED if found is None else " ".join(_area(found)[:2])
+        told = _NOT_DEFINED if found is None else ", ".join(word for word in _area(found) if word)
         _curve(ax, roc_points(labels, scores), colour, f"{name}: {told}")
     _roc_axes(ax, "ROC of the networks")
     return _drawing(
@@ -486,7 +486,7 @@ def _roc_drawing(scored: Sequence[Scored], found: Area, record: WeightsRecord | 
     plot = Plot(figsize=(5.4, 5.0), layout="constrained")
     ax = plot.subplots()
     points = roc_points(labels_of(scored), ranking_scores(scored))
-    _curve(ax, points, COLOURS[0], f"AUC {' '.join(_area(found)[:2])}")
+    _curve(ax, points, COLOURS[0], f"AUC {', '.join(word for word in _area(found) if word)}")
     whole = figures(scored)
     called = sum(one.outcome == "present" for one in scored if not one.residual)
     if whole.sensitivity.share is not None and whole.specificity.of:

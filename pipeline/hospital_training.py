@@ -84,7 +84,7 @@ class Trained:
 
 
 def prepare_cohort(cohort: HospitalCohort, preprocessing: str, *, tell: Tell | None = None) -> Prepared:
-    """Read and prepare every scan of a cohort. Raises nothing for a scan; `ValueError` where none is left."""
+    """Read and prepare every scan of a cohort. Raises nothing for a scan; `CohortError` where none is left."""
     kept: list[LabelledScan] = []
     planes, spacing, counts, excluded = [], [], [], []
     for done, scan in enumerate(cohort.scans, start=1):
@@ -101,7 +101,7 @@ def prepare_cohort(cohort: HospitalCohort, preprocessing: str, *, tell: Tell | N
         if tell is not None:
             tell("preparing scans", done, len(cohort.scans))
     if not kept:
-        raise ValueError("no scan of this cohort can be trained on; the list of excluded ones says why")
+        raise CohortError("no scan of this cohort can be trained on; the list of excluded ones says why")
     synthetic = sum(scan.synthetic for scan in kept)
     patients = tuple(scan.patient for scan in kept)
     data = ProtocolData(

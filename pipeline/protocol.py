@@ -318,10 +318,13 @@ def _run(
     test_images, test_labels = _images(data, testing)
     how = training_settings(settings, architecture, start, data, seed=settings.seed + number)
     curve: list[CurvePoint] = []
+    devices: set[str] = set()
 
     def after_epoch(report: EpochReport, network: torch.nn.Module) -> None:
+        device = next(network.parameters()).device
+        devices.add(torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU")
         if report.epoch % settings.curve_every == 0 or report.epoch == report.epochs:
-            seen, unseen = logits(network, images, how, bfloat16=True), logits(network, test_images, how, bfloat16=True)
+            seen, unseen = logits(network, images, how), logits(network, test_images, how)
             curve.append(
                 CurvePoint(report.epoch, *_loss_and_accuracy(seen, labels), *_loss_and_accuracy(unseen, test_labels))
             )
@@ -345,14 +348,14 @@ def _run(
         logits=tuple(tuple(float(value) for value in row) for row in found),
         curve=tuple(curve),
         seconds=round(seconds, 1),
-        device=torch.cuda.get_device_name() if next(network.parameters()).is_cuda else "CPU",
+        device=", ".join(sorted(devices)),
     )
 
 
 def training_settings(
     settings: ProtocolSettings, architecture: str, start: InitialWeights, data: ProtocolData, *, seed: int
 ) -> TrainingSettings:
-    """How `models.train` is to train one network of the experiment."""
+    """How `models.train` is to train one network of the experiment; its learning rate stays constant, as in the paper."""
     return TrainingSettings(
         architecture=architecture,
         stages=((settings.epochs, data.planes.shape[-1]),),
@@ -390,8 +393,6 @@ def _check(data: ProtocolData, settings: ProtocolSettings, starts: Mapping[str, 
         raise ProtocolError(f"planes of shape {shape}; needed are (scans, inputs, 3, edge, edge), one label a scan")
     if len(data.patients) != len(data.labels):
         raise ProtocolError("every scan needs a patient")
-    if settings.frozen:
-        raise ProtocolError("models.train trains whole networks only; leave the head-only setting off")
     if lacking := [name for name in settings.architectures if name not in starts]:
         raise ProtocolError(f"nothing says what {', '.join(lacking)} starts from")
     if not settings.architectures or settings.epochs < 1 or settings.curve_every < 1:
@@ -403,7 +404,11 @@ def _fingerprint(data: ProtocolData, settings: ProtocolSettings, architecture: s
     digest = hashlib.sha256()
     facts = dataclasses.asdict(settings) | {"architectures": architecture, "groupings": None}
     facts["learning_rate"] = settings.rate_for(start)
-    digest.update(json.dumps([facts, data.planes.shape, str(data.planes.dtype), data.patients]).encode())
+    digest.update(
+        json.dumps(
+            [facts, data.planes.shape, str(data.planes.dtype), data.patients, dataclasses.astuple(data.standard)]
+        ).encode()
+    )
     digest.update(np.ascontiguousarray(data.labels).tobytes())
     for scan in data.planes:
         digest.update(np.ascontiguousarray(scan).tobytes())

@@ -8,7 +8,7 @@ of fixed width, so that comparing texts compares times and a person reads them w
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Text, literal, select
+from sqlalchemy import ColumnElement, Connection, Text, literal, select
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -34,6 +34,31 @@ def _now_postgresql(element: _Now, compiler: Any, **kwargs: Any) -> str:
     # clock_timestamp(), not now(): a transaction that waited for a lock must not stamp the time before its wait.
     interval = compiler.process(element.clauses, **kwargs)
     return f"to_char((clock_timestamp() + CAST({interval} AS interval)) AT TIME ZONE 'UTC', {_PG_FORMAT})"
+
+
+class _Shifted(FunctionElement[str]):
+    """A time of the worklist plus an interval."""
+
+    type = Text()
+    name = "remnant_shifted"
+    inherit_cache = True
+
+
+@compiles(_Shifted, "sqlite")
+def _shifted_sqlite(element: _Shifted, compiler: Any, **kwargs: Any) -> str:
+    column, interval = (compiler.process(clause, **kwargs) for clause in element.clauses)
+    return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column}, {interval})"
+
+
+@compiles(_Shifted, "postgresql")
+def _shifted_postgresql(element: _Shifted, compiler: Any, **kwargs: Any) -> str:
+    column, interval = (compiler.process(clause, **kwargs) for clause in element.clauses)
+    return f"to_char((CAST({column} AS timestamptz) + CAST({interval} AS interval)) AT TIME ZONE 'UTC', {_PG_FORMAT})"
+
+
+def shifted(column: ColumnElement[Any], by_s: float) -> FunctionElement[str]:
+    """SQL for the time in `column`, `by_s` seconds later (earlier when negative)."""
+    return _Shifted(column, literal(f"{by_s:.3f} seconds", Text()))
 
 
 def now(plus_s: float = 0.0) -> FunctionElement[str]:

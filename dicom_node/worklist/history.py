@@ -55,6 +55,7 @@ EVENTS = MappingProxyType(
         "purge_near": "ALARM: bytes that a person may want to look at go within 14 days",
         "purged": "bytes were removed by retention",
         "forgotten": "identity columns were emptied",
+        "clock_jumped": "the database's clock jumped; deadlines moved with it",
         "checkpoint": "the ends of all histories that grew since the last checkpoint, as one digest",
         "node": "something happened to the node itself",
     }

@@ -11,11 +11,11 @@ from typing import Literal
 from sqlalchemy import Connection, Engine, RowMapping, delete, or_, select, text, update
 
 from dicom_node.worklist import history
-from dicom_node.worklist.clock import now, read_clock, seconds_between
-from dicom_node.worklist.engine import reading, writing
+from dicom_node.worklist.clock import now, parse, read_clock, seconds_between, shifted
+from dicom_node.worklist.engine import NODE_EVENTS_LOCK, lock, reading, writing
 from dicom_node.worklist.schema import schema_is_current
 from dicom_node.worklist.states import QUARANTINED, REST
-from dicom_node.worklist.tables import identity, instance, result, scan
+from dicom_node.worklist.tables import delivery, event_table, identity, instance, result, scan
 
 NOT_OURS_DAYS = 2
 """Days for rows that are at rest without any result: not a scan we answer."""
@@ -199,6 +199,53 @@ def forget(engine: Engine, days: float) -> int:
             conn.execute(delete(identity).where(identity.c.scan_id == row.id))
             history.append(conn, row.id, "forgotten", revision=row.revision)
         return len(old)
+
+
+def clock_s(engine: Engine) -> float:
+    """The database's clock in seconds since 1970."""
+    with reading(engine) as conn:
+        return parse(read_clock(conn)).timestamp()
+
+
+def follow_clock(engine: Engine, jumped_s: float) -> int:
+    """After the database's clock jumped (forward when positive), move with it what was reckoned on the old one: when a
+    view is given up, when something is tried again, since when a delivery is tried and a row is at rest. Returns how
+    many; 0 also where another machine saw the same jump first.
+
+    What was written before a jump forward is known by its stamps, which lie further back than the half of it; what a
+    jump back has left lies further ahead than that, where no new deadline can lie that matters.
+    """
+    half_s = jumped_s / 2
+    with writing(engine) as conn:
+        lock(conn, NODE_EVENTS_LOCK)
+        newest = (
+            select(event_table.c.at)
+            .where(event_table.c.scan_id.is_(None), event_table.c.event == "clock_jumped")
+            .order_by(event_table.c.sequence.desc())
+            .limit(1)
+        )
+        last = conn.scalar(newest)
+        if last is not None and abs(seconds_between(last, read_clock(conn))) < min(60.0, abs(half_s)):
+            return 0
+        moved = 0
+        for column, where in (
+            (scan.c.views_deadline, scan.c.state == "receiving"),
+            (scan.c.not_before, scan.c.state == "queued"),
+            (scan.c.at_rest_since, scan.c.state.in_(REST)),
+            (delivery.c.not_before, delivery.c.state == "pending"),
+            (delivery.c.first_tried_at, delivery.c.state == "pending"),
+        ):
+            if jumped_s < 0:
+                before = column > now(-half_s)
+            else:
+                before = or_(column.table.c.updated_at < now(-half_s), column < now(-half_s))
+            moved += conn.execute(
+                update(column.table)
+                .where(where, column.is_not(None), before)
+                .values({column: shifted(column, jumped_s)})
+            ).rowcount
+        history.append(conn, None, "clock_jumped", detail=f"by {jumped_s:+.0f} s; {moved} times moved with it")
+        return moved
 
 
 def kept_files(engine: Engine) -> tuple[KeptFile, ...]:

@@ -1,12 +1,14 @@
 """The ticks and the guards of the service, on a real spool and a real database."""
 
 import dataclasses
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from dicom_node import service, spool, worklist
 from dicom_node.errors import RemnantError, SettingsError
@@ -89,6 +91,43 @@ def test_a_lease_is_broken_only_when_its_counter_stood_still_for_our_own_time(
     assert observer.look()
     assert worklist.row(house.engine, claim.scan_id)["state"] == "queued"
     assert not worklist.heartbeat(house.engine, claim)
+
+
+@pytest.mark.parametrize("jump_s", [3 * 86_400, -7_200])
+def test_a_clock_that_jumps_gives_up_no_view_and_removes_no_bytes(
+    house: House, monkeypatch: pytest.MonkeyPatch, jump_s: int
+) -> None:
+    passed_s, jumped_s = [0.0], [0]
+
+    def strftime(shape: str, *rest: str) -> str:
+        """SQLite's own, on a clock that we hold."""
+        if rest[0] == "now":
+            rest = ("now", f"{passed_s[0] + jumped_s[0]:.3f} seconds", *rest[1:])
+        with closing(sqlite3.connect(":memory:")) as plain:
+            marks = ", ".join("?" * (1 + len(rest)))
+            return str(plain.execute(f"SELECT strftime({marks})", (shape, *rest)).fetchone()[0])
+
+    event.listen(house.engine, "connect", lambda connection, _: connection.create_function("strftime", -1, strftime))
+    house.engine.dispose()
+    monkeypatch.setattr(service.time, "monotonic", lambda: passed_s[0])
+    (view,) = expose(phantom(1), examination(4), "anterior_only")
+    receipt = _receive(house, view)
+    _receive(house, foreign("ct_slice", examination(5)))
+    clock = service._ClockWatch(house.engine)
+    assert not service._expire_views(house, clock)
+
+    for jumped_s[0] in (jump_s, 0, jump_s):  # away, corrected, and away again, ten minutes apart
+        passed_s[0] += 600
+        assert not service._expire_views(house, clock)
+        service._purge(house)
+
+    assert worklist.row(house.engine, receipt.scan_id)["state"] == "receiving"
+    assert len(_kept(house)) == 2
+    assert [one.event for one in worklist.events(house.engine, None)] == ["clock_jumped"] * 3
+    passed_s[0] += 1700
+    assert not service._expire_views(house, clock)
+    passed_s[0] += 200
+    assert service._expire_views(house, clock), "an hour of true time is over"
 
 
 def test_only_one_process_holds_a_role_and_the_other_is_told(house: House) -> None:

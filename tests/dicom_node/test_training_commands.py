@@ -16,6 +16,7 @@ from dicom_node import cli
 from dicom_node.errors import RemnantError, WrongUse
 from models import weights
 from models.architectures import build
+from pipeline.acceptance import Acceptance, Criterion, to_json
 from pipeline.camera import examination, expose
 from pipeline.hospital_cohort import read_cohort
 from pipeline.phantom import phantom
@@ -213,6 +214,18 @@ def test_signed_weights_are_installed_as_local(cohort: Path, tmp_path: Path) -> 
     done = _run("models", "install", tmp_path / "accepted" / "own-local.json", "--config", config)
     assert done.exit_code == cli.DONE, done.output
     assert "(local)" in done.stdout
+
+
+def test_weights_that_are_not_there_cannot_be_accepted(tmp_path: Path) -> None:
+    told = ("own", "0" * 64, "native", "1", "2026-11-23", "0", "8 scans")
+    passed = tuple(Criterion(name, True, 0.5, 1.0) for name in ("min_sensitivity", "min_specificity"))
+    (tmp_path / "acceptance.json").write_text(to_json(Acceptance(*told, synthetic=False, criteria=passed)))
+    done = _run(
+        "models", "accept", tmp_path / "own.json", "--report", tmp_path / "acceptance.json",
+        "--signed-by", "R. Example", "--camera", "camera 3", "--name", "ours", "--out", tmp_path / "accepted",
+    )  # fmt: skip
+    assert done.exit_code == cli.ANSWER_IS_NO
+    assert "cannot be read" in done.output
 
 
 @pytest.mark.parametrize(

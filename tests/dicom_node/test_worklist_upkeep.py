@@ -4,8 +4,9 @@ import pytest
 from sqlalchemy import text
 
 from dicom_node import worklist
-from dicom_node.worklist.clock import now, parse
+from dicom_node.worklist.clock import now, parse, shifted
 from dicom_node.worklist.engine import writing
+from dicom_node.worklist.tables import metadata
 
 
 def kept(engine):
@@ -253,3 +254,50 @@ def test_purge_and_forgetting_keep_the_history_whole(checked, camera):
     assert worklist.forget(checked, 365) == 2
     assert worklist.checkpoint(checked, every_s=0) is not None
     assert worklist.verify_history(checked) == ()
+
+
+@pytest.mark.parametrize("jumped_s", [3 * 86_400, -7_200])
+def test_deadlines_move_with_a_clock_that_jumped_and_only_once(camera, worker, jumped_s):
+    """The stamps are moved instead of the clock: as it looks right after the jump."""
+    waiting = camera.send("a", "anterior").scan_id
+    camera.send("done", study_instance_uid="2.25.51")
+    worker.finish(worker.claim())
+    camera.send("s", study_instance_uid="2.25.52")
+    worker.finish(worker.claim(), "pacs")
+    assert worklist.due_deliveries(camera.engine, "pacs", owner="s", limit=9, hold_s=3600)
+    columns = {
+        "scan": ("views_deadline", "not_before", "at_rest_since", "updated_at"),
+        "delivery": ("not_before", "first_tried_at", "updated_at"),
+    }
+
+    def times():
+        with camera.engine.connect() as conn:
+            return {
+                (table, one["id"], name): parse(one[name]).timestamp()
+                for table, names in columns.items()
+                for one in conn.execute(metadata.tables[table].select()).mappings()
+                for name in names
+                if one[name] is not None and name != "updated_at"
+            }
+
+    def shift_all(by_s):
+        with writing(camera.engine) as conn:
+            for table, names in columns.items():
+                for name in names:
+                    column = metadata.tables[table].c[name]
+                    conn.execute(
+                        column.table.update().where(column.is_not(None)).values({column: shifted(column, by_s)})
+                    )
+
+    right = times()
+    shift_all(-jumped_s)
+
+    assert worklist.follow_clock(camera.engine, jumped_s) == len(right)
+
+    assert times() == pytest.approx(right, abs=0.01)
+    assert worklist.follow_clock(camera.engine, jumped_s) == 0, "another machine saw it too"
+    assert worklist.expire_views(camera.engine) == ()
+    assert worklist.purgeable(camera.engine, 30) == ()
+    camera.send("p", "posterior")
+    assert worklist.row(camera.engine, waiting)["state"] == "queued"
+    assert worklist.verify_history(camera.engine) == ()

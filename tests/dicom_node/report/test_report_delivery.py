@@ -1,6 +1,9 @@
 """Archives that take only some classes of reports: each gets the best it takes, and the row says which and why."""
 
 import hashlib
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from pydicom.uid import (
     ComprehensiveSRStorage,
     EnhancedSRStorage,
     SecondaryCaptureImageStorage,
+    SegmentationStorage,
 )
 from pynetdicom import AE, evt
 
@@ -246,6 +250,73 @@ def test_a_sender_that_dies_before_the_worklist_hears_of_it_makes_the_same_objec
     data = (made.spool.results / before.file_name).read_bytes()
     assert hashlib.sha256(data).hexdigest() == before.sha256
     assert pydicom.dcmread(BytesIO(data)) == sent
+
+
+_KILLED_WITH_THE_OBJECT_DURABLE = """
+import os, signal, sys, threading
+from dicom_node import delivery
+from dicom_node.settings import Settings
+from dicom_node.spool import open_spool
+from dicom_node.worklist import open_worklist
+
+settings = Settings.model_validate_json(sys.argv[1])
+delivery.worklist.substitute_delivery = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+store, engine = open_spool(settings.storage.directory, 0), open_worklist(sys.argv[2])
+delivery.Sender(settings, engine, store, owner="sender").run(threading.Event())
+"""
+
+
+def _files(folder):
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_sender_killed_between_object_and_worklist_makes_the_same_object_again(scan, choosy):
+    archive = choosy(SecondaryCaptureImageStorage, EnhancedSRStorage)
+    made = scan(pacs=archive)
+    before = _files(made.spool.results)
+    url = made.engine.url.render_as_string(hide_password=False)
+    program = [
+        sys.executable,
+        "-c",
+        _KILLED_WITH_THE_OBJECT_DURABLE,
+        made.settings.model_dump_json(exclude_unset=True),
+        url,
+    ]
+    assert subprocess.run(program, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    (left,) = _files(made.spool.results) - before
+    orphan = left.read_bytes()
+    assert pydicom.dcmread(BytesIO(orphan)).SOPClassUID == ComprehensiveSRStorage
+    assert len(made.row["results"]) == 2  # the worklist does not know it
+    row = made.deliver()
+    assert (row["state"], row["delivered_to"]) == ("delivered", {"pacs": "acknowledged"})
+    assert left.read_bytes() == orphan
+    assert sorted(archive.classes).count(str(EnhancedSRStorage)) == 1
+    digests = [one["sha256"] for one in worklist.details(made.engine, made.scan_id)["results"]]
+    assert digests.count(hashlib.sha256(orphan).hexdigest()) == 1
+
+
+@pytest.mark.parametrize("answers_0122", [(), (SegmentationStorage,)])
+def test_an_archive_that_takes_no_segmentation_refuses_that_alone_and_the_row_asks_for_a_person(
+    scan, choosy, answers_0122
+):
+    words = (SecondaryCaptureImageStorage, Comprehensive3DSRStorage)
+    without, everything = choosy(*words, answers_0122=answers_0122), choosy(*words, SegmentationStorage)
+    asked = {name: ["sr", "sc", "seg"] for name in ("old", "new")}
+    made = scan(old=without, new=everything, results=asked)
+    row = made.deliver()
+    assert sorted(without.classes) == sorted(words)
+    assert sorted(everything.classes) == sorted([*words, SegmentationStorage])
+    assert (row["state"], row["delivered_to"]) == ("failed", {"old": "refused", "new": "acknowledged"})
+    told = worklist.details(made.engine, made.scan_id)
+    (mask,) = [one["sop_instance_uid"] for one in told["results"] if one["kind"] == "seg"]
+    ends = {
+        (one["destination"], one["sop_instance_uid"]): (one["state"], one["last_error"]) for one in told["deliveries"]
+    }
+    state, why = ends.pop(("old", mask))
+    assert state == "refused"
+    assert "0122" in why if answers_0122 else "does not take this SOP class" in why
+    assert {state for state, _ in ends.values()} == {"acknowledged"}
+    assert made.history == []
 
 
 def test_nothing_is_made_of_a_report_whose_bytes_changed(scan, choosy):
