@@ -130,7 +130,7 @@ def _primitives() -> list[str]:
                 (
                     "measurement: each focus",
                     f"NUM {_coded(codes.FOCUS_COUNTS)} in {_coded(codes.COUNTS)} and NUM {_coded(codes.FOCUS_AREA)} in "
-                    f"{_coded(codes.SQUARE_MILLIMETRE)}, with tracking identifier and site of their own",
+                    f"{_coded(codes.SQUARE_MILLIMETRE)}, each with {_coded(codes.FOCUS)} and a Finding Site",
                 ),
                 (
                     "measurement: uptake",

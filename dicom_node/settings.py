@@ -354,7 +354,7 @@ class Settings(BaseSettings):
         return ZoneInfo(self.node.timezone or _system_zone())
 
 
-OUR_CODES = tuple(f"RMN{number:03d}" for number in (*range(1, 12), *range(20, 31)))
+OUR_CODES = tuple(f"RMN{number:03d}" for number in (*range(1, 13), *range(20, 31)))
 
 
 def load(path: Path | None = None) -> Settings:

@@ -27,6 +27,7 @@ NO_RESULT = Code("RMN008", PRIVATE_SCHEME, "No result: scan not analysed for res
 FOCI = Code("RMN009", PRIVATE_SCHEME, "Number of foci of uptake")
 FOCUS_COUNTS = Code("RMN010", PRIVATE_SCHEME, "Counts of focus above its surroundings")
 FOCUS_AREA = Code("RMN011", PRIVATE_SCHEME, "Area of focus at half its height")
+FOCUS = Code("RMN012", PRIVATE_SCHEME, "Focus of uptake")
 SITES: Mapping[FocusSite, Code] = {
     "bed_left": Code("RMN020", PRIVATE_SCHEME, "Thyroid bed, left"),
     "bed_right": Code("RMN021", PRIVATE_SCHEME, "Thyroid bed, right"),
@@ -53,6 +54,7 @@ OURS = (
     FOCI,
     FOCUS_COUNTS,
     FOCUS_AREA,
+    FOCUS,
     *SITES.values(),
 )
 

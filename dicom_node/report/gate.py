@@ -448,7 +448,7 @@ def _figures_are_the_views(case: _Case) -> Iterator[str]:
                 yield f"a figure of the {name} group is not that of its view"
             if [_key_of(one) for one in measured.get("MeasurementUnitsCodeSequence") or ()] != [_key(unit)]:
                 yield f"a unit in the {name} group is not the UCUM unit of its figure"
-            if _focus_of(item) != focus:
+            if _focus_of(item, case.context) != focus:
                 yield f"a figure of the {name} group is not under its own focus and site"
 
 
@@ -463,7 +463,7 @@ def _figures_of_foci(
     if decides and finding.foci is not None:
         yield key(codes.FOCI), float(len(finding.foci)), 0.0, codes.NO_UNITS, None
     for focus in finding.foci or ():
-        whose = f"Focus {focus.number}", key(codes.SITES[focus.site])
+        whose = str(focus.number), key(codes.SITES[focus.site])
         for seen in focus.views:
             if seen.view == view.image.view:
                 yield key(codes.FOCUS_COUNTS), seen.counts, 0.5, codes.COUNTS, whose
@@ -471,10 +471,11 @@ def _figures_of_foci(
                     yield key(codes.FOCUS_AREA), seen.area_mm2, 0.5, codes.SQUARE_MILLIMETRE, whose
 
 
-def _focus_of(figure: Dataset) -> tuple[str, _Key] | None:
-    """Return the tracking identifier and the finding site of a figure, None where it has neither."""
+def _focus_of(figure: Dataset, context: ReportContext) -> tuple[str, _Key] | None:
+    """Return the focus's number and its site that a figure names, None where it names neither."""
+    concept = _key(codes.chosen(codes.FOCUS, context.codes))
     children = list(figure.get("ContentSequence") or ())
-    named = [text_of(item, "TextValue") for item in children if _name(item) == _key(codes.TRACKING_IDENTIFIER)]
+    named = [text_of(item, "TextValue") for item in children if _name(item) == concept]
     sites = [_value(item) for item in children if _name(item) == _key(codes.FINDING_SITE)]
     return None if not named and not sites else ("".join(named), (sites or [None])[0] or ("", ""))
 

@@ -196,7 +196,7 @@ def _group(
         finding_sites=[FindingSite(anatomic_location=codes.THYROID)],
         measurements=[
             *_measurements(finding, view, context, decides=decides, outlined=outlined),
-            *_foci(finding, view, context, naming, decides=decides),
+            *_foci(finding, view, context, decides=decides),
         ],
         qualitative_evaluations=evaluations or None,
     )
@@ -230,10 +230,8 @@ def _measurements(
     return figures
 
 
-def _foci(
-    finding: Finding, view: ViewFinding, context: ReportContext, naming: tuple[object, ...], *, decides: bool
-) -> list[Measurement]:
-    """Return the foci as the view shows them: each figure under its focus's tracking identifier, with its site.
+def _foci(finding: Finding, view: ViewFinding, context: ReportContext, *, decides: bool) -> list[Measurement]:
+    """Return the foci as the view shows them: each figure with its focus's number and site.
 
     How many there are, and the uptake of those in the bed, stand once, in the group that decides.
     """
@@ -245,13 +243,17 @@ def _foci(
     if decides and finding.foci is not None:
         figures.append(_figure(_chosen(codes.FOCI, context), str(len(finding.foci)), codes.NO_UNITS))
     for focus, seen in foci_wording.foci_in(finding, view.image.view):
-        tracking = TrackingIdentifier(
-            uid=derived_uid(context.uid_namespace, "focus", naming, str(focus.number)),
-            identifier=f"Focus {focus.number}",
-        )
         site = FindingSite(anatomic_location=_chosen(codes.SITES[focus.site], context))
         for name, text, unit in focus_figures(seen):
-            figures.append(_figure(_chosen(name, context), text, unit, tracking=tracking, site=site))
+            figure = _figure(_chosen(name, context), text, unit, site=site)
+            # Not TID 300's Tracking Identifier: as observation context of a number, Enhanced SR does not allow it.
+            whose = TextContentItem(
+                name=_chosen(codes.FOCUS, context),
+                value=str(focus.number),
+                relationship_type=RelationshipTypeValues.HAS_CONCEPT_MOD,
+            )
+            figure[0].ContentSequence.append(whose)
+            figures.append(figure)
     return figures
 
 
@@ -268,7 +270,6 @@ def _figure(
     unit: Code,
     algorithm: AlgorithmIdentification | None = None,
     *,
-    tracking: TrackingIdentifier | None = None,
     site: FindingSite | None = None,
 ) -> Measurement:
     """Return one NUM with the digits of `text`: "2.10" as on the picture, where a number would become "2.1"."""
@@ -277,7 +278,6 @@ def _figure(
         value=float(text),
         unit=unit,
         algorithm_id=algorithm,
-        tracking_identifier=tracking,
         finding_sites=[site] if site else None,
     )
     figure[0].MeasuredValueSequence[0].NumericValue = text

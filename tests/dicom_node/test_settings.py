@@ -189,7 +189,7 @@ def test_the_example_of_the_contract_loads() -> None:
         (DESTINATION + DESTINATION, "two of them have the same name"),
         ('[analysis]\nrequire_views = ["lateral"]\n', "analysis.require_views.0: "),
         ('[analysis]\npreprocessing = "fast"\n', "analysis.preprocessing: "),
-        ('[codes]\nRMN012 = ["1", "99SITE", "x"]\n', "codes: RMN012 is not a code of ours"),
+        ('[codes]\nRMN013 = ["1", "99SITE", "x"]\n', "codes: RMN013 is not a code of ours"),
         ('[codes]\nRMN001 = ["1", "99SITE"]\n', "codes.RMN001"),
         (DESTINATION + 'results = ["seg"]\n', 'destinations.0.results: a segmentation needs "sr" or "sc" beside it'),
     ],

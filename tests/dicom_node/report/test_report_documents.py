@@ -191,7 +191,8 @@ def test_a_site_may_put_its_own_code_in_the_place_of_ours(case):
     assert check(made.render(), made.sources, made.outcome, made.context) == ()
 
 
-_SITE = "".join(f'RMN{number:03d} = ["S{number}", "99SITE", "Site concept {number}"]\n' for number in range(1, 9))
+_NUMBERS = (*range(1, 13), *range(20, 31))
+_SITE = "".join(f'RMN{number:03d} = ["S{number}", "99SITE", "Site concept {number}"]\n' for number in _NUMBERS)
 
 
 @pytest.mark.parametrize("outcome", ["present", "absent", "low_counts"])
@@ -208,7 +209,8 @@ def test_codes_of_a_site_come_from_its_settings_into_every_kind_of_result(case, 
             assert "RMN0" not in str(element.value if element.keyword == "CodeValue" else "")
             if element.keyword == "CodeMeaning" and str(element.value).startswith("Site concept"):
                 used.add(str(element.value))
-    wanted = {"present": (1, 2, 3, 7), "absent": (1, 2, 6, 7), "low_counts": (5, 7, 8)}[outcome]
+    foci = (9, 10, 11, 12, 20, 26)  # how many, counts, area, which one; bed left, side of neck right
+    wanted = {"present": (1, 2, 3, 4, 7, *foci), "absent": (1, 2, 6, 7, *foci), "low_counts": (5, 7, 8)}[outcome]
     assert used == {f"Site concept {number}" for number in wanted}
 
 

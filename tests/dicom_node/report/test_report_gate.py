@@ -156,7 +156,7 @@ _SR_FAULTS = {
     "a focus more": (lambda ds: _set(_figure(ds, codes.FOCI), NumericValue="3"), "is not that of its view"),
     "other counts": (lambda ds: _set(_figure(ds, codes.FOCUS_COUNTS), NumericValue="1"), "is not that of its view"),
     "another focus": (
-        lambda ds: _set(_first(_first(ds, codes.FOCUS_COUNTS), codes.TRACKING_IDENTIFIER), TextValue="Focus 2"),
+        lambda ds: _set(_first(_first(ds, codes.FOCUS_COUNTS), codes.FOCUS), TextValue="2"),
         "is not under its own focus and site",
     ),
     "a focus on the other side": (
