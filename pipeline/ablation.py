@@ -102,7 +102,7 @@ VARIANTS: Final[Mapping[str, Callable[[Planes], Planes]]] = MappingProxyType(
     }
 )
 """Name -> network inputs from the cached layers. `plain` is `native`; `equalized_masked_each_view` is the paper's idea
-with a mask that is sound (GrabCut on the native crop); the paper's own mask is measured by `pipeline.paper_mask`."""
+with a mask that is sound (GrabCut on the native crop, not on the equalized picture)."""
 SETTINGS: Final = TrainingSettings(
     stages=((6, GRID // 2), (2, GRID)),
     batch_size=32,

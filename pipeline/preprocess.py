@@ -2,7 +2,7 @@
 
 An `Order` is data: names of steps that are executed as they stand. `native` shows the network the square root of the
 counts at the camera's own resolution, both views as channels of one picture; GrabCut's mask outlines tissue for the
-report and is not shown to the network, because an ablation found that it costs accuracy (`models/cards/ABLATION.md`).
+report and is not shown to the network: whether it is empty nearly is the label (`pipeline/README.md`).
 `paper` follows the paper's text on an enlarged picture, view by view, and is slow. `pipeline/README.md` says where the
 paper is silent. Equal counts and seed give equal output, bit for bit. No image raises here: one without contrast or
 without a usable mask is handled by a named rule, and the name is in the result.

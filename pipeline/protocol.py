@@ -355,7 +355,7 @@ def _run(
 def training_settings(
     settings: ProtocolSettings, architecture: str, start: InitialWeights, data: ProtocolData, *, seed: int
 ) -> TrainingSettings:
-    """How `models.train` is to train one network of the experiment; its learning rate stays constant, as in the paper."""
+    """How `models.train` trains one network of the experiment; the learning rate stays as it is, as in the paper."""
     return TrainingSettings(
         architecture=architecture,
         stages=((settings.epochs, data.planes.shape[-1]),),

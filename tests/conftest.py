@@ -23,7 +23,9 @@ def peer() -> Callable[[str], Path]:
     def find(program: str) -> Path:
         found = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
         if found is None:
-            message = f"{program} is not installed: run `make peers` (apt: dcmtk, orthanc, postgresql, sqlite3, chromium)"
+            message = (
+                f"{program} is not installed: run `make peers` (apt: dcmtk, orthanc, postgresql, sqlite3, chromium)"
+            )
             if os.environ.get("CI"):
                 pytest.fail(message)
             pytest.skip(message)

@@ -53,7 +53,9 @@ _OPTIONS = (
 def ohif() -> Path:
     """The built viewer; missing is a failure in CI and a skip elsewhere, as with any other peer."""
     if not (_OHIF / "index.html").is_file() or not _PLUGIN.exists():
-        message = "the viewer is not installed: run `make peers` (apt: chromium, orthanc-dicomweb, npm; OHIF comes by npm)"
+        message = (
+            "the viewer is not installed: run `make peers` (apt: chromium, orthanc-dicomweb, npm; OHIF comes by npm)"
+        )
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
