@@ -4,6 +4,7 @@ The layers are torchvision's; nothing is ever downloaded. Class 0 is "no residua
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -52,10 +53,27 @@ def build(architecture: str) -> nn.Module:
     return make()
 
 
-def logits_and_evidence(
-    architecture: str, network: nn.Module, images: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits (N, 2), and where the evidence for "present" lies: (N, h, w), in logits, not scaled. In one pass.
+def head(architecture: str, network: nn.Module) -> nn.Module:
+    """The last layer, which tells the classes; everything before it is the backbone."""
+    if architecture == "squeezenet1_1":
+        return network.get_submodule("classifier")
+    return network.get_submodule("fc")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """What one pass gives for N images: `logits` (N, 2); `embedding` (N, D), the features before the last layer.
+
+    `evidence`: where the evidence for "present" lies, (N, h, w), in logits, not scaled; or None.
+    """
+
+    logits: torch.Tensor
+    embedding: torch.Tensor
+    evidence: torch.Tensor | None
+
+
+def judged(architecture: str, network: nn.Module, images: torch.Tensor) -> Judged:
+    """One pass over images (N, 3, H, W).
 
     ResNet-18 averages its last features over the plane and applies one linear layer, so the map of the evidence is that
     linear layer applied at each place, exactly, without a gradient (Zhou et al., CVPR 2016). SqueezeNet ends in a 1 x 1
@@ -69,11 +87,19 @@ def logits_and_evidence(
             features = layer(features)
         pooled = torch.flatten(network.get_submodule("avgpool")(features), 1)
         weight = network.get_parameter("fc.weight")
-        return network.get_submodule("fc")(pooled), torch.einsum("nchw,c->nhw", features, weight[1] - weight[0])
+        evidence = torch.einsum("nchw,c->nhw", features, weight[1] - weight[0])
+        return Judged(network.get_submodule("fc")(pooled), pooled, evidence)
     if architecture == "squeezenet1_1":
         maps = network.get_submodule("features")(images)
+        pooled = maps.mean(dim=(2, 3))
         *before, rectify, average = network.get_submodule("classifier").children()
         for layer in before:
             maps = layer(maps)
-        return torch.flatten(average(rectify(maps)), 1), maps[:, 1] - maps[:, 0]
-    return network(images), None
+        return Judged(torch.flatten(average(rectify(maps)), 1), pooled, maps[:, 1] - maps[:, 0])
+    features = images
+    for name, layer in network.named_children():
+        if name == "fc":
+            break
+        features = layer(features)
+    pooled = features.mean(dim=(2, 3))
+    return Judged(network.get_submodule("fc")(pooled), pooled, None)

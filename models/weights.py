@@ -20,17 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
+from models.embedding import EmbeddingRange
+
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 CARDS = Path(__file__).parent / "cards"
 SHIPPED = Path(__file__).parent / "shipped"
 RELEASES = ("demonstration", "research", "local")
-FUSIONS = ("mean_logit", "mean_probability")
-SCHEMA = 1
+FUSIONS = ("views_as_channels", "mean_logit", "mean_probability")
+SCHEMA = 2
+"""2: the scale of the input, views as channels, and the range of the embedding."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.safetensors")
+_EMBEDDING = "embedding_range."
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_RECORD_BYTES = 1 << 20
 _MAX_WEIGHTS_BYTES = 1 << 29
@@ -42,19 +47,27 @@ class WeightsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class InputFormat:
-    """What the network takes: float32 (3, size, size), each channel (value / 255 - mean) / std."""
+    """What the network takes: float32 (3, size, size), each channel (value / scale - mean) / std."""
 
     size: int
+    scale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingRange:
-    """Extent of the scans trained on: pixel spacing in mm, counts of a whole view; outside it nothing is asked."""
+    """Extent of the scans trained on; outside it nothing is asked.
+
+    Attributes
+    ----------
+    spacing_mm: of pixels. total_counts: of a whole view.
+    embedding_distance: the greatest `models.embedding.distance` that is still answered; None: not checked.
+    """
 
     spacing_mm: tuple[float, float]
     total_counts: tuple[float, float]
+    embedding_distance: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +97,8 @@ class WeightsRecord:
     threshold: fused probability from which a finding is "present"; operating_point: how it was chosen, in words.
     undetermined_band: (low, high) of fused probability reported as "undetermined", or None.
     temperature: each logit is divided by it (calibration), or None.
-    fusion: how the views become one: "mean_logit" or "mean_probability".
+    fusion: how the views become one: "views_as_channels" of one input, or "mean_logit" or "mean_probability" of one
+        input each.
     release: "demonstration" (test destinations only), "research" or "local".
     data: what it was trained and measured on; trained_on: the same as a fragment for every result.
     metrics: name -> figure; n stands among them.
@@ -124,10 +138,11 @@ class WeightsPlace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A record and its network: eval mode, float32, on the CPU, gradients off."""
+    """A record and its network: eval mode, float32, on the CPU, gradients off; `embedding` where the file holds one."""
 
     record: WeightsRecord
     network: "nn.Module"
+    embedding: EmbeddingRange | None
 
 
 def available() -> tuple[str, ...]:
@@ -184,6 +199,7 @@ def load(name_or_path: str) -> LoadedModel:
         raise WeightsError(f"{record.file} holds numbers that are not finite; train or fetch it again")
     try:
         network = build(record.architecture)
+        known = _embedding_range(record, tensors)
         network.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, strict=True)
     except UnknownArchitecture as error:
         raise WeightsError(f"record {record.name!r}: {error}") from error
@@ -192,11 +208,29 @@ def load(name_or_path: str) -> LoadedModel:
             f"the tensors in {record.file} are not those of a {record.architecture} with two classes"
         ) from error
     network.requires_grad_(requires_grad=False)
-    return LoadedModel(record, network.eval())
+    return LoadedModel(record, network.eval(), known)
+
+
+def _embedding_range(record: WeightsRecord, tensors: "dict[str, torch.Tensor]") -> EmbeddingRange | None:
+    """Takes the tensors of the embedding's range, if there are any, out of those of the network."""
+    parts = {name: tensors.pop(f"{_EMBEDDING}{name}", None) for name in EmbeddingRange.__slots__}
+    found = {name: tensor.float().numpy() for name, tensor in parts.items() if tensor is not None}
+    if not found and record.training_range.embedding_distance is None:
+        return None
+    if len(found) < len(parts) or found["basis"].shape[1:] != found["mean"].shape:
+        raise WeightsError(
+            f"{record.file} holds no whole range of the embedding, which its record limits; fetch it again"
+        )
+    return EmbeddingRange(**found)
 
 
 def save(
-    directory: Path, record: WeightsRecord, network: "nn.Module", *, tensors_directory: Path | None = None
+    directory: Path,
+    record: WeightsRecord,
+    network: "nn.Module",
+    *,
+    embedding: EmbeddingRange | None = None,
+    tensors_directory: Path | None = None,
 ) -> Path:
     """Write the tensors (float16, the counters of batch normalisation left out) and the record with their digest.
 
@@ -204,12 +238,16 @@ def save(
     a record never stands without its tensors.
     """
     import safetensors.torch
+    import torch
 
     tensors = {
         key: tensor.detach().half().contiguous()
         for key, tensor in network.state_dict().items()
         if tensor.is_floating_point()
     }
+    if embedding is not None:
+        for name in EmbeddingRange.__slots__:
+            tensors[f"{_EMBEDDING}{name}"] = torch.from_numpy(getattr(embedding, name)).half().contiguous()
     content = safetensors.torch.save(tensors)
     record = dataclasses.replace(record, sha256=hashlib.sha256(content).hexdigest())
     checked(to_json(record))

@@ -9,6 +9,7 @@ preprocessing (`WrongPreprocessing`), weights that are not what their record say
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -16,11 +17,22 @@ import torch
 from numpy.typing import NDArray
 from pydicom import Dataset
 
-from models.architectures import logits_and_evidence
+from models.architectures import judged
+from models.embedding import distance
 from models.weights import LoadedModel, WeightsRecord, load
 from pipeline.explain import native_activation
 from pipeline.finding import Declined, Finding, ModelFacts, Verdict, ViewFinding, ViewImage, ViewName
-from pipeline.preprocess import ORDERS, PREPROCESSING_VERSION, SEED, Prepared, Standard, prepare
+from pipeline.preprocess import (
+    ORDERS,
+    PREPROCESSING_VERSION,
+    SEED,
+    Order,
+    Prepared,
+    Standard,
+    prepare_scan,
+    standardize,
+    without_view,
+)
 from pipeline.quality import problem_of
 from pipeline.quantify import area_mm2, box_outline, main_component, outline, remnant_to_background
 from pipeline.reasons import REASONS
@@ -65,6 +77,38 @@ def analyse(
         clock.lap("decode")
         return Declined(error.reason, error.detail, REASONS[error.reason].ours and error.ours, (), clock.done())
     clock.lap("decode")
+    return _judged(images, model, ORDERS[preprocessing], preprocessing, require_views, clock)
+
+
+def analyse_views(
+    images: Sequence[ViewImage],
+    model: LoadedModel,
+    *,
+    preprocessing: str = "native",
+    require_views: Sequence[str] = BOTH_VIEWS,
+    outlined: bool = True,
+) -> Finding | Declined:
+    """`analyse` of views that were read already, one of a name at most.
+
+    `outlined = False` leaves GrabCut's masks out where the network does not see them: the decision is the same, and
+    measuring thousands of scans needs no outlines. Every view's outline is then the analysed region.
+    """
+    check_preprocessing(model.record, preprocessing)
+    order = ORDERS[preprocessing]
+    return _judged(
+        images, model, order if outlined else order.without_outline(), preprocessing, require_views, _Clock()
+    )
+
+
+def _judged(
+    images: Sequence[ViewImage],
+    model: LoadedModel,
+    order: Order,
+    preprocessing: str,
+    require_views: Sequence[str],
+    clock: "_Clock",
+) -> Finding | Declined:
+    images = tuple(images)
     present = {image.view for image in images}
     if missing := [view for view in require_views if view not in present]:
         # A scan whose header gave a reason never comes here, so this one is ours.
@@ -74,20 +118,41 @@ def analyse(
     if problem is not None:
         return Declined(problem.reason, problem.detail, REASONS[problem.reason].ours, images, clock.done())
 
-    standard = Standard(model.record.input.mean, model.record.input.std)
-    prepared = [
-        prepare(image.counts, image.spacing_mm, preprocessing=preprocessing, standard=standard) for image in images
-    ]
+    standard = Standard(model.record.input.scale, model.record.input.mean, model.record.input.std)
+    prepared = prepare_scan(
+        {image.view: (image.counts, image.spacing_mm) for image in images}, order, standard=standard
+    )
     clock.lap("preprocess")
-    judged = [judge(model, view.network_input) for view in prepared]
-    logits = [logit for logit, _ in judged]
-    probability = sigmoid(fused_logit(logits, model.record.fusion, model.record.temperature))
+    answers = [judge(model, network_input) for network_input in prepared.inputs]
+    probability = sigmoid(
+        fused_logit([answer.logit for answer in answers], model.record.fusion, model.record.temperature)
+    )
     verdict = verdict_of(probability, model.record)
+    far = max((answer.distance for answer in answers if answer.distance is not None), default=0.0)
+    limit = model.record.training_range.embedding_distance
+    if limit is not None and far > limit:
+        clock.lap("network")
+        detail = f"in the network's own features it lies {far:.1f} from the scans trained on; at most {limit:.1f}"
+        return Declined("out_of_training_range", detail, REASONS["out_of_training_range"].ours, images, clock.done())
+    if order.joint and len(images) > 1:
+        alone = {
+            image.view: judge(model, standardize(without_view(prepared.planes[0], image.view), standard))
+            for image in images
+        }
+    elif order.joint:
+        alone = {images[0].view: answers[0]}
+    else:
+        alone = {image.view: answer for image, answer in zip(images, answers, strict=True)}
     clock.lap("network")
-    alone = [sigmoid(fused_logit([logit], model.record.fusion, model.record.temperature)) for logit in logits]
     views = tuple(
-        _view_finding(image, view, score, evidence, verdict)
-        for image, view, score, (_, evidence) in zip(images, prepared, alone, judged, strict=True)
+        _view_finding(
+            image,
+            view,
+            sigmoid(fused_logit([alone[image.view].logit], model.record.fusion, model.record.temperature)),
+            _evidence(alone[image.view].evidence, image.view, joint=order.joint),
+            verdict,
+        )
+        for image, view in zip(images, prepared.views, strict=True)
     )
     clock.lap("quantify")
     record = model.record
@@ -101,7 +166,7 @@ def analyse(
         preprocessing=preprocessing,
         preprocessing_version=PREPROCESSING_VERSION,
         seed=SEED,
-        flags=("resampled",) if any(view.resampled for view in prepared) else (),
+        flags=("resampled",) if any(view.resampled for view in prepared.views) else (),
         timings_ms=clock.done(),
     )
 
@@ -122,16 +187,38 @@ def check_preprocessing(record: WeightsRecord, preprocessing: str) -> None:
         )
 
 
-def judge(model: LoadedModel, network_input: NDArray[np.float32]) -> tuple[float, NDArray[np.float32] | None]:
-    """Logit of class "present" against "absent" for one view (3, 224, 224), and the evidence's map (h, w) or None.
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What the network says of one input.
 
-    One view at a time: in a batch the last bits of a view's logit depend on the views beside it.
+    `logit` of "present" against "absent"; `distance` from the scans trained on, None where the weights have no range of
+    it; `evidence` (h, w) in logits over the crop, or None.
+    """
+
+    logit: float
+    distance: float | None
+    evidence: NDArray[np.float32] | None
+
+
+def judge(model: LoadedModel, network_input: NDArray[np.float32]) -> Answer:
+    """Ask the network about one input (3, size, size).
+
+    One at a time: in a batch the last bits of a logit depend on the images beside it.
     """
     with torch.inference_mode():
-        batch = torch.from_numpy(network_input[None])
-        output, evidence = logits_and_evidence(model.record.architecture, model.network, batch)
-        logit = float(output[0, 1] - output[0, 0])
-    return logit, None if evidence is None else evidence[0].numpy()
+        seen = judged(
+            model.record.architecture, model.network, torch.from_numpy(np.ascontiguousarray(network_input))[None]
+        )
+        return Answer(
+            logit=float(seen.logits[0, 1] - seen.logits[0, 0]),
+            distance=None if model.embedding is None else distance(seen.embedding[0].numpy(), model.embedding),
+            evidence=None if seen.evidence is None else seen.evidence[0].numpy(),
+        )
+
+
+def _evidence(evidence: NDArray[np.float32] | None, view: ViewName, *, joint: bool) -> NDArray[np.float32] | None:
+    """On the view's own sides: a joint input shows the posterior view turned."""
+    return evidence[:, ::-1] if evidence is not None and joint and view == "posterior" else evidence
 
 
 def fused_logit(logits: Sequence[float] | NDArray[np.float64], fusion: str, temperature: float | None) -> float:

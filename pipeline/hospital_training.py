@@ -27,7 +27,7 @@ from pipeline.analyse import fused_logit, sigmoid
 from pipeline.evaluation import Figures, Scored, figures, score
 from pipeline.finding import ViewImage
 from pipeline.hospital_cohort import WHY, CohortError, Excluded, HospitalCohort, LabelledScan, divide
-from pipeline.preprocess import PREPROCESSING_VERSION, prepare
+from pipeline.preprocess import ORDERS, PREPROCESSING_VERSION, prepare_scan
 from pipeline.protocol import ProtocolData, ProtocolSettings, training_settings
 from pipeline.quality import problem_of
 from pipeline.reasons import REASONS
@@ -38,7 +38,7 @@ Tell = Callable[[str, int, int], None]
 
 CHECKPOINT = "training.pt"
 """Kept beside the record, so that the same command does not train again; whoever is done with it may delete it."""
-ANY_RANGE = weights.TrainingRange(spacing_mm=(1e-3, 1e3), total_counts=(1e-3, 1e12))
+ANY_RANGE = weights.TrainingRange(spacing_mm=(1e-3, 1e3), total_counts=(1e-3, 1e12), embedding_distance=None)
 """For scans that are about to define a training range themselves."""
 
 
@@ -110,6 +110,7 @@ def prepare_cohort(cohort: HospitalCohort, preprocessing: str, *, tell: Tell | N
         patients=patients,
         description=describe(len(kept), len(set(patients)), synthetic),
         synthetic=bool(synthetic),
+        standard=ORDERS[preprocessing].standard,
     )
     return Prepared(tuple(kept), data, tuple(excluded), np.array(spacing), np.array(counts))
 
@@ -125,7 +126,8 @@ def describe(scans: int, patients: int, synthetic: int) -> str:
 
 def network_planes(images: Sequence[ViewImage], preprocessing: str) -> NDArray[Any]:
     """The network's inputs of one scan before they are standardized, (K, 3, S, S)."""
-    return np.stack([prepare(image.counts, image.spacing_mm, preprocessing=preprocessing).planes for image in images])
+    views = {str(image.view): (image.counts, image.spacing_mm) for image in images}
+    return prepare_scan(views, ORDERS[preprocessing].without_outline()).planes
 
 
 def train_record(
@@ -168,7 +170,8 @@ def train_record(
     planes = np.asarray(data.planes[choose])
     found = logits(rounded, planes.reshape(-1, *planes.shape[2:]), how).astype(float).reshape(len(choose), inputs)
     labels = data.labels[choose]
-    joined = {name: np.array([fused_logit(row, name, None) for row in found]) for name in weights.FUSIONS}
+    ways = ("views_as_channels",) if ORDERS[plan.preprocessing].joint else ("mean_logit", "mean_probability")
+    joined = {name: np.array([fused_logit(row, name, None) for row in found]) for name in ways}
     fusion = max(joined, key=lambda name: metrics.roc_auc(labels, joined[name]))
     temperature = metrics.temperature(labels, joined[fusion])
     probability = np.array([sigmoid(fused_logit(row, fusion, temperature)) for row in found])
@@ -305,6 +308,7 @@ def _record(
     scans, spacing = [prepared.scans[place] for place in learn], prepared.spacing_mm[learn]
     counts = prepared.total_counts[learn]
     what = describe(len(scans), len({scan.patient for scan in scans}), sum(scan.synthetic for scan in scans))
+    standard = prepared.data.standard
     return weights.WeightsRecord(
         schema=weights.SCHEMA,
         name=plan.name,
@@ -314,12 +318,12 @@ def _record(
         architecture=architecture,
         preprocessing=plan.preprocessing,
         preprocessing_version=PREPROCESSING_VERSION,
-        input=weights.InputFormat(prepared.data.planes.shape[-1], prepared.data.mean, prepared.data.std),
+        input=weights.InputFormat(prepared.data.planes.shape[-1], standard.scale, standard.mean, standard.std),
         threshold=0.5,
         operating_point="not chosen yet",
         undetermined_band=None,
         temperature=None,
-        fusion=weights.FUSIONS[0],
+        fusion="views_as_channels" if ORDERS[plan.preprocessing].joint else "mean_logit",
         release="research",
         data=(
             f"trained on {what}; {prepared.data.description} in all, divided by patient into training, choosing of "
@@ -330,6 +334,7 @@ def _record(
         training_range=weights.TrainingRange(
             spacing_mm=(round(float(spacing.min()) * 0.95, 3), round(float(spacing.max()) * 1.05, 3)),
             total_counts=(round(float(counts.min()) * 0.8), round(float(counts.max()) * 1.25)),
+            embedding_distance=None,
         ),
         metrics={},
         intended_use=(

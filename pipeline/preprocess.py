@@ -1,14 +1,16 @@
 """The paper's image processing (section 2.2) as small pure functions, and the two orders they are composed in.
 
-`ORDERS` is data: a tuple of step names that is executed as it stands. `native` works on the counts at the camera's own
-resolution; `paper` follows the paper's text on an enlarged picture and is slow. `pipeline/README.md` says where the
-paper is silent and why `native` differs. Equal counts and seed give equal output, bit for bit. No image raises here:
-one without contrast or without a usable mask is handled by a named rule, and the name is in the result.
+An `Order` is data: names of steps that are executed as they stand. `native` shows the network the square root of the
+counts at the camera's own resolution, both views as channels of one picture; GrabCut's mask outlines tissue for the
+report and is not shown to the network: whether it is empty nearly is the label (`pipeline/README.md`).
+`paper` follows the paper's text on an enlarged picture, view by view, and is slow. `pipeline/README.md` says where the
+paper is silent. Equal counts and seed give equal output, bit for bit. No image raises here: one without contrast or
+without a usable mask is handled by a named rule, and the name is in the result.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -19,21 +21,25 @@ from numpy.typing import NDArray
 
 from pipeline.finding import Box
 
-PREPROCESSING_VERSION: Final = "1"
+PREPROCESSING_VERSION: Final = "2"
 """Changes whenever a step changes its output; weights trained on another version are refused."""
 
 SEED: Final = 131
 SIZE: Final = 224
-CROP_MM: Final = (225.0, 240.0)
-"""Height and width of the box around the thyroid bed, as 750 : 800. A bed 30 mm off lies in it with 50 mm to spare."""
+"""Edge of the paper's network input."""
+GRID: Final = 112
+GRID_MM: Final = 2.20903
+"""Edge and pixel of the native network input: the camera's own pixels at zoom 1.0, to which other zooms are summed."""
+CROP_MM: Final = (GRID * GRID_MM, GRID * GRID_MM)
+"""Height and width of the native box around the thyroid bed. A bed 30 mm off lies in it with 60 mm to spare."""
+PAPER_CROP_MM: Final = (225.0, 240.0)
+"""The paper's box, as 750 : 800."""
 MIDLINE_LIMIT_MM: Final = 40.0
 PAPER_CROP: Final = (750, 800)
 FINEST_SPACING_MM: Final = 1.1
 """A finer matrix (512 pixels, say) is binned down towards it: GrabCut's cost and its result depend on pixel size."""
 GRABCUT_SMOOTHING_MM: Final = 1.5
 """Sigma before GrabCut. On raw counts it outlines specks of noise and misses foci; from 3 mm on it takes in halos."""
-NETWORK_SMOOTHING_MM: Final = 3.0
-"""Sigma of the planes that the network sees, less than the camera's own blur (sigma 4.9 mm)."""
 
 GRABCUT_ITERATIONS: Final = 5
 GRABCUT_INSET: Final = 0.08
@@ -50,8 +56,8 @@ class Prepared:
 
     Attributes
     ----------
-    network_input: shape (3, 224, 224), float32, standardized.
-    planes: shape (3, 224, 224), uint8: the same before `standardize`; what a cohort caches.
+    planes: shape (C, edge, edge), float32: what the order makes of this view, before it is standardized.
+    field: shape (edge, edge), float32, 0 to 1: how much of each pixel the detector saw.
     crop: the box, native pixels.
     mask: shape (H, W) of the view, bool: GrabCut's tissue after the rule; all False where the rule fell back.
     mask_rule: "grabcut", or the fall-back by which the network saw the unmasked crop: "unmasked_empty",
@@ -62,8 +68,8 @@ class Prepared:
     resampled: whether the matrix was too fine and was binned before anything else.
     """
 
-    network_input: NDArray[np.float32]
-    planes: NDArray[np.uint8]
+    planes: NDArray[np.float32]
+    field: NDArray[np.float32]
     crop: Box
     mask: NDArray[np.bool_]
     mask_rule: str
@@ -73,12 +79,58 @@ class Prepared:
     resampled: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Standard:
-    """Mean and standard deviation of each channel, on the scale 0..1; by default those of ImageNet."""
+    """What makes planes a network's input: (value / scale - mean) / std for each channel."""
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET: Final = Standard(255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+ROOT_COUNTS: Final = Standard(1.0, (1.5, 1.5, 0.5), (2.0, 2.0, 0.5))
+"""A neck shows some counts in a pixel; the third channel is the field's share of the views."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A preprocessing, as data.
+
+    Attributes
+    ----------
+    steps: names in `STEPS`, in the order in which they are executed on each view.
+    joint: whether the views become channels of one input (anterior, posterior turned back to the anterior's sides,
+        share of the views whose detector saw the pixel), or each view an input of its own.
+    standard: of its inputs.
+    size: edge of its inputs.
+    """
+
+    steps: tuple[str, ...]
+    joint: bool
+    standard: Standard
+    size: int
+
+    def without_outline(self) -> "Order":
+        """The order as far as the network needs it: what only makes a mask for the report is left out, equal planes."""
+        last = max(place for place, name in enumerate(self.steps) if name.endswith("_plane") or name == "resize_224")
+        return dataclasses.replace(self, steps=self.steps[: last + 1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedScan:
+    """The views of one acquisition, ready for the network.
+
+    Attributes
+    ----------
+    inputs: shape (K, 3, edge, edge), float32, standardized; K = 1 for a joint order, else one for each view.
+    planes: the same before they are standardized; what a cohort caches.
+    views: in the order they were given.
+    """
+
+    inputs: NDArray[np.float32]
+    planes: NDArray[np.float32]
+    views: tuple[Prepared, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,28 +140,22 @@ class _Work:
     counts: NDArray[np.float32]
     spacing_mm: tuple[float, float]
     seed: int
-    standard: Standard
     binning: int
     field: NDArray[np.bool_]
     box: Box  # what of the binned matrix `counts` shows
     picture: NDArray[np.uint8]
     tissue: NDArray[np.bool_]
     rule: str
-    planes: tuple[NDArray[np.uint8], ...]
-    network_input: NDArray[np.float32]
+    planes: tuple[NDArray[np.float32], ...]
+    seen: NDArray[np.float32]  # the field at the planes' size
 
 
 def prepare(
-    counts: NDArray[np.float32],
-    spacing_mm: tuple[float, float],
-    *,
-    preprocessing: str = "native",
-    seed: int = SEED,
-    standard: Standard | None = None,
+    counts: NDArray[np.float32], spacing_mm: tuple[float, float], order: Order | str = "native", *, seed: int = SEED
 ) -> Prepared:
-    """Run the order `preprocessing` on one view: counts (H, W), spacing (row, column) in mm.
+    """Run an order (or a name in `ORDERS`) on one view: counts (H, W), spacing (row, column) in mm.
 
-    Raises `KeyError` for an order that is not in `ORDERS`, `ValueError` for counts that are no image.
+    Raises `KeyError` for a name that is not in `ORDERS`, `ValueError` for counts that are no image.
     """
     if counts.ndim != 2 or min(counts.shape) < 16:
         raise ValueError(f"counts of shape {counts.shape} are not an image of at least 16 x 16")
@@ -120,19 +166,63 @@ def prepare(
         counts=np.ascontiguousarray(counts, np.float32),
         spacing_mm=spacing_mm,
         seed=seed,
-        standard=standard or Standard(),
         binning=1,
         field=np.ones(counts.shape, bool),
         box=Box(0, 0, height, width),
         picture=np.zeros(counts.shape, np.uint8),
         tissue=np.zeros(counts.shape, bool),
-        rule="",
+        rule="not_outlined",
         planes=(),
-        network_input=np.zeros((0, 0, 0), np.float32),
+        seen=np.zeros((0, 0), np.float32),
     )
-    for name in ORDERS[preprocessing]:
+    for name in (ORDERS[order] if isinstance(order, str) else order).steps:
         work = STEPS[name](work)
     return _prepared(work, (height, width))
+
+
+def prepare_scan(
+    views: Mapping[str, tuple[NDArray[np.float32], tuple[float, float]]],
+    order: Order | str = "native",
+    *,
+    standard: Standard | None = None,
+    seed: int = SEED,
+) -> PreparedScan:
+    """Both views, or one: name ("anterior", "posterior") -> counts and spacing, as in `prepare`, which it calls.
+
+    `standard`: other than the order's own, for weights that were trained so. A joint order leaves the channel of a view
+    that is missing at no counts. Raises what `prepare` raises, and `ValueError` without a view.
+    """
+    chosen = ORDERS[order] if isinstance(order, str) else order
+    if not views:
+        raise ValueError("no view to prepare")
+    prepared = tuple(prepare(counts, spacing_mm, chosen, seed=seed) for counts, spacing_mm in views.values())
+    if chosen.joint:
+        planes = _joined(dict(zip(views, prepared, strict=True)), chosen.size)[None]
+    else:
+        planes = np.stack([_three(view.planes) for view in prepared])
+    return PreparedScan(inputs=standardize(planes, standard or chosen.standard), planes=planes, views=prepared)
+
+
+def without_view(planes: NDArray[np.float32], kept: str) -> NDArray[np.float32]:
+    """Joint planes (3, edge, edge) as if only the view `kept` had come; the same as `models.train.single_view`."""
+    alone = planes.copy()
+    alone[1 if kept == "anterior" else 0] = 0
+    alone[2] /= 2
+    return alone
+
+
+def _joined(views: Mapping[str, Prepared], size: int) -> NDArray[np.float32]:
+    joined = np.zeros((3, size, size), np.float32)
+    for channel, name in enumerate(("anterior", "posterior")):
+        if name in views:
+            sides = slice(None, None, -1) if name == "posterior" else slice(None)
+            joined[channel] = views[name].planes[0][:, sides]
+            joined[2] += views[name].field[:, sides] / 2
+    return joined
+
+
+def _three(planes: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.repeat(planes, 3, axis=0) if len(planes) == 1 else planes
 
 
 # --- the operations, each on plain arrays ---
@@ -188,8 +278,13 @@ def midline_mm(counts: NDArray[np.float32], field: NDArray[np.bool_], spacing_mm
     return float((centroid - middle_column) * spacing_mm[1])
 
 
-def thyroid_box(counts: NDArray[np.float32], field: NDArray[np.bool_], spacing_mm: tuple[float, float]) -> Box:
-    """The box of `CROP_MM` around the thyroid bed, inside the matrix.
+def thyroid_box(
+    counts: NDArray[np.float32],
+    field: NDArray[np.bool_],
+    spacing_mm: tuple[float, float],
+    size_mm: tuple[float, float] = CROP_MM,
+) -> Box:
+    """The box of `size_mm` (height, width) around the thyroid bed, inside the matrix.
 
     Across, it is centred on `midline_mm`, held to 40 mm. Along, on the middle of the detector, where the neck is
     positioned: nothing along a neck marks the bed but uptake itself, and the box leaves 50 mm around a bed 30 mm off.
@@ -201,19 +296,16 @@ def thyroid_box(counts: NDArray[np.float32], field: NDArray[np.bool_], spacing_m
     off_mm = midline_mm(counts, field, spacing_mm)
     if off_mm is not None:
         middle_column += min(max(off_mm, -MIDLINE_LIMIT_MM), MIDLINE_LIMIT_MM) / spacing_mm[1]
-    box_height = min(height, round(CROP_MM[0] / spacing_mm[0]))
-    box_width = min(width, round(CROP_MM[1] / spacing_mm[1]))
+    box_height = min(height, round(size_mm[0] / spacing_mm[0]))
+    box_width = min(width, round(size_mm[1] / spacing_mm[1]))
     top = min(max(0, round(middle_row - (box_height - 1) / 2)), height - box_height)
     left = min(max(0, round(middle_column - (box_width - 1) / 2)), width - box_width)
     return Box(top, left, box_height, box_width)
 
 
-def window(counts: NDArray[np.float32], *, root: bool = False) -> NDArray[np.uint8]:
-    """Counts to 8 bits, 0 to the maximum; with `root` on the square root of the counts.
-
-    The root gives Poisson noise the same size everywhere, and leaves a faint focus its grey levels beside a hot one.
-    """
-    values = np.sqrt(np.maximum(counts, 0)) if root else np.maximum(counts, 0)
+def window(counts: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Counts to 8 bits, 0 to the maximum."""
+    values = np.maximum(counts, 0)
     top = float(values.max(initial=0.0))
     return np.round(values * (255 / top)).astype(np.uint8) if top > 0 else np.zeros(counts.shape, np.uint8)
 
@@ -282,17 +374,38 @@ def mask_rule(tissue: NDArray[np.bool_], pixel_mm2: float, *, flat: bool) -> str
     return "grabcut"
 
 
-def resize_224(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """To 224 x 224; by area where that shrinks the picture, else bilinear."""
-    shrinks = min(plane.shape) > SIZE
-    resized = cv2.resize(plane, (SIZE, SIZE), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return np.asarray(resized, np.uint8)
+def resized(plane: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """To size x size; by area where that shrinks the picture, else bilinear."""
+    shrinks = min(plane.shape) > size
+    return np.asarray(
+        cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR), np.float32
+    )
 
 
-def standardize(planes: NDArray[np.uint8], standard: Standard) -> NDArray[np.float32]:
-    """(value / 255 - mean) / std for each channel of (3, 224, 224)."""
+def on_grid(plane: NDArray[np.float32], spacing_mm: tuple[float, float]) -> NDArray[np.float32]:
+    """A crop in the pixels of the native grid, `GRID` x `GRID`; values are means, not sums.
+
+    A crop smaller than the grid's extent, because the matrix ends there, stands in its middle between zeros.
+    """
+    height, width = (max(1, round(GRID * GRID_MM / spacing)) for spacing in spacing_mm)
+    down, right = max(0, height - plane.shape[0]), max(0, width - plane.shape[1])
+    padded = np.pad(plane, ((down // 2, down - down // 2), (right // 2, right - right // 2)))
+    return padded if padded.shape == (GRID, GRID) else resized(padded, GRID)
+
+
+def root_counts(counts: NDArray[np.float32], spacing_mm: tuple[float, float]) -> NDArray[np.float32]:
+    """The square root of the counts in each pixel of the native grid: Poisson noise has one size everywhere."""
+    pixel = GRID_MM * GRID_MM / (spacing_mm[0] * spacing_mm[1])
+    density = on_grid(np.maximum(counts, 0), spacing_mm)
+    if pixel != 1.0 and not math.isclose(pixel, 1.0, abs_tol=1e-3):
+        density = density * np.float32(pixel)
+    return np.sqrt(density)
+
+
+def standardize(planes: NDArray[np.float32], standard: Standard) -> NDArray[np.float32]:
+    """(value / scale - mean) / std for each channel of (..., 3, H, W), float32."""
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (standard.mean, standard.std))
-    return np.asarray((planes.astype(np.float32) / np.float32(255) - mean) / std)
+    return np.asarray((planes.astype(np.float32) / np.float32(standard.scale) - mean) / std)
 
 
 # --- the steps: the operations applied to a view on its way ---
@@ -319,7 +432,15 @@ def _field_of_view(work: _Work) -> _Work:
 
 
 def _crop(work: _Work) -> _Work:
-    box = thyroid_box(work.counts, work.field, work.spacing_mm)
+    return _cropped(work, CROP_MM)
+
+
+def _crop_as_in_the_paper(work: _Work) -> _Work:
+    return _cropped(work, PAPER_CROP_MM)
+
+
+def _cropped(work: _Work, size_mm: tuple[float, float]) -> _Work:
+    box = thyroid_box(work.counts, work.field, work.spacing_mm, size_mm)
     part = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
     return dataclasses.replace(work, counts=work.counts[part], field=work.field[part], box=box)
 
@@ -329,18 +450,8 @@ def _smooth_for_grabcut(work: _Work) -> _Work:
     return dataclasses.replace(work, counts=counts)
 
 
-def _smooth_for_network(work: _Work) -> _Work:
-    # Gaussians in sequence add their variances: this is what is missing after `_smooth_for_grabcut`.
-    missing_mm = math.sqrt(NETWORK_SMOOTHING_MM**2 - GRABCUT_SMOOTHING_MM**2)
-    return dataclasses.replace(work, counts=smooth(work.counts, work.field, work.spacing_mm, missing_mm))
-
-
 def _window(work: _Work) -> _Work:
     return dataclasses.replace(work, picture=window(work.counts))
-
-
-def _window_root(work: _Work) -> _Work:
-    return dataclasses.replace(work, picture=window(work.counts, root=True))
 
 
 def _enlarge(work: _Work) -> _Work:
@@ -367,26 +478,24 @@ def _mask(work: _Work) -> _Work:
     return dataclasses.replace(work, rule=rule, tissue=without_specks(work.tissue, pixel_mm2) & (rule == "grabcut"))
 
 
-def _masked(work: _Work) -> NDArray[np.uint8]:
-    return np.where(work.tissue, work.picture, 0).astype(np.uint8) if work.rule == "grabcut" else work.picture
+def _root_plane(work: _Work) -> _Work:
+    """Of the counts as they came: this step stands before any that smooths them."""
+    return dataclasses.replace(
+        work,
+        planes=(*work.planes, root_counts(work.counts, work.spacing_mm)),
+        seen=on_grid(work.field.astype(np.float32), work.spacing_mm),
+    )
 
 
 def _masked_plane(work: _Work) -> _Work:
-    return dataclasses.replace(work, planes=(*work.planes, _masked(work)))
-
-
-def _whole_plane(work: _Work) -> _Work:
-    return dataclasses.replace(work, planes=(*work.planes, work.picture))
+    masked = np.where(work.tissue, work.picture, 0) if work.rule == "grabcut" else work.picture
+    return dataclasses.replace(work, planes=(*work.planes, masked.astype(np.float32)))
 
 
 def _resize_224(work: _Work) -> _Work:
-    return dataclasses.replace(work, planes=tuple(resize_224(plane) for plane in work.planes))
-
-
-def _standardize(work: _Work) -> _Work:
-    planes = work.planes * 3 if len(work.planes) == 1 else work.planes
-    stacked = np.stack(planes)
-    return dataclasses.replace(work, planes=tuple(planes), network_input=standardize(stacked, work.standard))
+    # Rounded, as a picture of 8 bits is: the paper's images were files.
+    planes = tuple(np.round(resized(plane, SIZE)) for plane in work.planes)
+    return dataclasses.replace(work, planes=planes, seen=resized(work.field.astype(np.float32), SIZE))
 
 
 STEPS: MappingProxyType[str, Callable[[_Work], _Work]] = MappingProxyType(
@@ -394,59 +503,48 @@ STEPS: MappingProxyType[str, Callable[[_Work], _Work]] = MappingProxyType(
         "bin": _bin,
         "field_of_view": _field_of_view,
         "crop": _crop,
+        "crop_as_in_the_paper": _crop_as_in_the_paper,
+        "root_plane": _root_plane,
         "smooth_for_grabcut": _smooth_for_grabcut,
-        "smooth_for_network": _smooth_for_network,
         "window": _window,
-        "window_root": _window_root,
         "enlarge": _enlarge,
         "equalize": _equalize,
         "grabcut": _grabcut,
         "mask": _mask,
         "masked_plane": _masked_plane,
-        "whole_plane": _whole_plane,
         "resize_224": _resize_224,
-        "standardize": _standardize,
     }
 )
 
-ORDERS: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
+ORDERS: MappingProxyType[str, Order] = MappingProxyType(
     {
-        # Three different planes: the root of the counts, the equalized crop, and the same under the mask. What GrabCut
-        # missed stays visible in the other two, so the mask can point but cannot hide.
-        "native": (
-            "bin",
-            "field_of_view",
-            "crop",
-            "smooth_for_grabcut",
-            "window",
-            "grabcut",
-            "mask",
-            "smooth_for_network",
-            "window_root",
-            "whole_plane",
-            "equalize",
-            "whole_plane",
-            "masked_plane",
-            "resize_224",
-            "standardize",
+        "native": Order(
+            steps=("bin", "field_of_view", "crop", "root_plane", "smooth_for_grabcut", "window", "grabcut", "mask"),
+            joint=True,
+            standard=ROOT_COUNTS,
+            size=GRID,
         ),
         # The paper's order; one grey plane, three times, under the mask.
-        "paper": (
-            "bin",
-            "field_of_view",
-            "crop",
-            "window",
-            "enlarge",
-            "equalize",
-            "grabcut",
-            "mask",
-            "masked_plane",
-            "resize_224",
-            "standardize",
+        "paper": Order(
+            steps=(
+                "bin",
+                "field_of_view",
+                "crop_as_in_the_paper",
+                "window",
+                "enlarge",
+                "equalize",
+                "grabcut",
+                "mask",
+                "masked_plane",
+                "resize_224",
+            ),
+            joint=False,
+            standard=IMAGENET,
+            size=SIZE,
         ),
     }
 )
-"""Name of a preprocessing -> names of its steps, in the order in which they are executed."""
+"""Name of a preprocessing -> what it does."""
 
 
 def _prepared(work: _Work, native_shape: tuple[int, int]) -> Prepared:
@@ -462,8 +560,8 @@ def _prepared(work: _Work, native_shape: tuple[int, int]) -> Prepared:
     ).astype(bool)
     pixel_mm2 = work.spacing_mm[0] * work.spacing_mm[1] / factor**2
     return Prepared(
-        network_input=work.network_input,
         planes=np.stack(work.planes),
+        field=work.seen,
         crop=native,
         mask=mask,
         mask_rule=work.rule,

@@ -24,6 +24,7 @@ from models import metrics
 from models.initial import InitialWeights
 from models.train import EpochReport, TrainingSettings, logits, train
 from pipeline.hospital_cohort import divide
+from pipeline.preprocess import IMAGENET, Standard
 
 PAPER_NETWORKS: Final = ("resnet18", "squeezenet1_1", "shufflenet_v2_x1_0")
 PAPER_LEARNING_RATE: Final = 1e-5
@@ -45,7 +46,7 @@ class ProtocolData:
 
     `planes`: (P, K, 3, S, S), as `models.train.train` takes images; `labels`: (P,), 1 with residual tissue;
     `patients`: (P,), whose scan it is, any names; `description`: which scans these are, in words; `synthetic`: whether
-    any of them is simulated; `scale`, `mean`, `std`: each channel is standardized as (value / scale - mean) / std.
+    any of them is simulated; `standard`: what makes planes the network's inputs.
     """
 
     planes: NDArray[Any]
@@ -53,9 +54,7 @@ class ProtocolData:
     patients: tuple[str, ...]
     description: str
     synthetic: bool
-    scale: float = 255.0
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    standard: Standard = IMAGENET
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,29 +355,20 @@ def _run(
 def training_settings(
     settings: ProtocolSettings, architecture: str, start: InitialWeights, data: ProtocolData, *, seed: int
 ) -> TrainingSettings:
-    """How `models.train` is to train one network of the experiment; its learning rate stays constant, as in the paper.
-
-    Raises `ProtocolError` for what `models.train` of this version cannot do.
-    """
-    asked: dict[str, Any] = {
-        "schedule": "constant",
-        "frozen": "backbone" if settings.frozen else "none",
-        "scale": data.scale,
-    }
-    known = {field.name for field in dataclasses.fields(TrainingSettings)}
-    if ("frozen" not in known and settings.frozen) or ("scale" not in known and data.scale != 255):
-        raise ProtocolError("models.train of this version trains whole networks on pictures of 8 bits only")
+    """How `models.train` trains one network of the experiment; the learning rate stays as it is, as in the paper."""
     return TrainingSettings(
         architecture=architecture,
         stages=((settings.epochs, data.planes.shape[-1]),),
         batch_size=settings.batch_size,
         learning_rate=settings.rate_for(start),
+        schedule="constant",
+        frozen="backbone" if settings.frozen else "none",
         seed=seed,
         flip=settings.flip,
         shift=settings.shift,
-        mean=data.mean,
-        std=data.std,
-        **{name: value for name, value in asked.items() if name in known},
+        scale=data.standard.scale,
+        mean=data.standard.mean,
+        std=data.standard.std,
     )
 
 
@@ -416,7 +406,7 @@ def _fingerprint(data: ProtocolData, settings: ProtocolSettings, architecture: s
     facts["learning_rate"] = settings.rate_for(start)
     digest.update(
         json.dumps(
-            [facts, data.planes.shape, str(data.planes.dtype), data.patients, data.scale, data.mean, data.std]
+            [facts, data.planes.shape, str(data.planes.dtype), data.patients, dataclasses.astuple(data.standard)]
         ).encode()
     )
     digest.update(np.ascontiguousarray(data.labels).tobytes())

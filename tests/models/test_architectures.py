@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from models.architectures import ARCHITECTURES, UnknownArchitecture, build, logits_and_evidence
+from models.architectures import ARCHITECTURES, UnknownArchitecture, build, head, judged
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -25,8 +25,9 @@ def test_the_evidence_map_averages_to_the_logit(architecture: str) -> None:
     network = build(architecture).eval()
     images = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
-        output, evidence = logits_and_evidence(architecture, network, images)
-        assert torch.equal(output, network(images))
+        seen = judged(architecture, network, images)
+        assert torch.equal(seen.logits, network(images))
+    output, evidence = seen.logits, seen.evidence
     assert evidence is not None
     difference = output[:, 1] - output[:, 0]
     if architecture == "resnet18":
@@ -40,9 +41,26 @@ def test_the_evidence_map_averages_to_the_logit(architecture: str) -> None:
 
 def test_a_network_without_a_map_says_so() -> None:
     network = build("shufflenet_v2_x1_0").eval()
-    logits, evidence = logits_and_evidence("shufflenet_v2_x1_0", network, torch.zeros(1, 3, 224, 224))
-    assert logits.shape == (1, 2)
-    assert evidence is None
+    seen = judged("shufflenet_v2_x1_0", network, torch.zeros(1, 3, 224, 224))
+    assert seen.logits.shape == (1, 2)
+    assert seen.evidence is None
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_one_pass_gives_the_logits_of_the_network_and_the_features_before_its_head(architecture: str) -> None:
+    torch.manual_seed(4)
+    network = build(architecture).eval()
+    images = torch.randn(2, 3, 112, 112)
+    with torch.inference_mode():
+        seen = judged(architecture, network, images)
+        assert torch.equal(seen.logits, network(images))
+        assert seen.embedding.ndim == 2
+        last = head(architecture, network)
+        if architecture == "squeezenet1_1":
+            assert seen.embedding.shape == (2, 512)
+        else:
+            assert torch.allclose(last(seen.embedding), seen.logits, atol=1e-5)
+    assert {parameter.shape[0] for parameter in last.parameters()} == {2}
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones() -> None:

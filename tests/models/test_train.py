@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from models import metrics
-from models.train import EpochReport, TrainingError, TrainingSettings, logits, train
+from models import train as train_module
+from models.architectures import build, head
+from models.train import EpochReport, TrainingError, TrainingSettings, logits, single_view, standardized, train
 
 SETTINGS = TrainingSettings(
     architecture="squeezenet1_1", stages=((1, 48), (2, 64)), batch_size=8, learning_rate=1e-3, shift=2
@@ -105,7 +107,7 @@ def test_one_grey_plane_trains_as_well_as_three(discs: tuple[np.ndarray, np.ndar
     ("images", "labels"),
     [
         (np.zeros((4, 2, 8, 8), np.uint8), np.array([0, 1, 0, 1], np.uint8)),
-        (np.zeros((4, 3, 8, 8), np.float32), np.array([0, 1, 0, 1], np.uint8)),
+        (np.zeros((4, 3, 8, 8), np.float64), np.array([0, 1, 0, 1], np.uint8)),
         (np.zeros((4, 3, 8, 8), np.uint8), np.array([0, 1, 0], np.uint8)),
         (np.zeros((4, 3, 8, 8), np.uint8), np.ones(4, np.uint8)),
         (np.zeros((4, 3, 8, 8), np.uint8), np.array([0, 1, 2, 1], np.uint8)),
@@ -114,3 +116,108 @@ def test_one_grey_plane_trains_as_well_as_three(discs: tuple[np.ndarray, np.ndar
 def test_data_that_cannot_be_trained_on_is_refused(images: np.ndarray, labels: np.ndarray) -> None:
     with pytest.raises(TrainingError):
         train(images, labels, SETTINGS)
+
+
+def test_settings_that_mean_nothing_are_refused(discs: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = discs
+    for wrong in ({"schedule": "linear"}, {"frozen": "half"}):
+        with pytest.raises(TrainingError, match="known are"):
+            train(images, labels, dataclasses.replace(SETTINGS, **wrong))
+    with pytest.raises(TrainingError, match="view_dropout"):
+        train(images[:, :1], labels, dataclasses.replace(SETTINGS, view_dropout=0.2))
+
+
+def test_a_frozen_backbone_keeps_every_number_its_running_means_too(discs: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = discs
+    torch.manual_seed(6)
+    start = build("resnet18").state_dict()
+    settings = dataclasses.replace(SETTINGS, architecture="resnet18", stages=((1, 32),), epoch_images=16)
+    only_head = _state(train(images, labels, dataclasses.replace(settings, frozen="backbone"), initial=start))
+    moved = {key for key in start if not torch.equal(start[key], only_head[key])}
+    assert moved == {"fc.weight", "fc.bias"}
+    whole = _state(train(images, labels, settings, initial=start))
+    assert {"conv1.weight", "bn1.running_mean", "fc.weight"} <= {
+        key for key in start if not torch.equal(start[key], whole[key])
+    }
+
+
+def test_a_constant_schedule_keeps_the_rate_and_a_cosine_ends_near_nothing(
+    discs: tuple[np.ndarray, np.ndarray],
+) -> None:
+    images, labels = discs
+    short = dataclasses.replace(SETTINGS, stages=((2, 32),), epoch_images=16)
+    rates: dict[str, list[float]] = {"constant": [], "cosine": []}
+    for schedule, seen in rates.items():
+        settings = dataclasses.replace(short, schedule=schedule)
+        train(images, labels, settings, after_epoch=lambda report, _, seen=seen: seen.append(report.learning_rate))
+    assert rates["constant"] == [1e-3, 1e-3]
+    # At the start of the last of the four steps: three quarters along half a cosine.
+    assert rates["cosine"][-1] == pytest.approx(1e-3 * (0.01 + 0.99 * (1 + np.cos(np.pi * 3 / 4)) / 2))
+
+
+def test_stopping_early_leaves_what_the_whole_schedule_had_by_then(discs: tuple[np.ndarray, np.ndarray]) -> None:
+    images, labels = discs
+    whole = dataclasses.replace(SETTINGS, stages=((2, 32),), epoch_images=16)
+    first: list[dict[str, torch.Tensor]] = []
+    train(images, labels, whole, after_epoch=lambda _, network: first.append(_state(network)))
+    stopped = _state(train(images, labels, dataclasses.replace(whole, stop_after=1)))
+    assert _same(stopped, first[0])
+    assert not _same(stopped, first[1])
+
+
+def test_half_precision_passes_train_float32_weights_close_to_those_of_full_precision(
+    discs: tuple[np.ndarray, np.ndarray],
+) -> None:
+    images, labels = discs
+    settings = dataclasses.replace(SETTINGS, stages=((1, 32),), epoch_images=8, learning_rate=1e-4)
+    full, half = (train(images, labels, dataclasses.replace(settings, bfloat16=how)) for how in (False, True))
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float32}
+    assert not _same(_state(full), _state(half))  # the setting does something
+    for one, other in zip(full.parameters(), half.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=5e-4)
+
+
+def test_a_dropped_view_is_gone_and_the_share_of_views_says_so() -> None:
+    planes = np.random.default_rng(2).uniform(0.5, 3, (4, 3, 8, 8)).astype(np.float16)
+    planes[:, 2] = 1
+    for view in (0, 1):
+        alone = single_view(planes, view)
+        assert np.array_equal(alone[:, view], planes[:, view])
+        assert not alone[:, 1 - view].any()
+        assert (alone[:, 2] == 0.5).all()
+    assert (planes[:, 2] == 1).all()
+
+
+def test_view_dropout_drops_each_view_as_often_as_it_is_told_and_repeats_itself() -> None:
+    planes = np.ones((4000, 3, 2, 2), np.float16)
+    settings = dataclasses.replace(SETTINGS, view_dropout=0.3)
+    one, again = (train_module._dropped(planes, settings, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert np.array_equal(one, again)
+    lost = [(one[:, view] == 0).all(axis=(1, 2)) for view in (0, 1)]
+    assert [float(view.mean()) for view in lost] == pytest.approx([0.15, 0.15], abs=0.03)
+    assert not (lost[0] & lost[1]).any()
+    assert np.array_equal(one[:, 2, 0, 0] == 0.5, lost[0] | lost[1])
+    assert np.array_equal(train_module._dropped(planes, SETTINGS, torch.Generator()), planes)
+
+
+def test_pictures_are_standardized_by_the_settings_scale() -> None:
+    planes = np.random.default_rng(3).uniform(0, 9, (2, 3, 4, 4)).astype(np.float16)
+    settings = dataclasses.replace(SETTINGS, scale=1.0, mean=(1.5, 1.5, 0.5), std=(2.0, 2.0, 0.5))
+    expected = (planes.astype(np.float32) - np.array([1.5, 1.5, 0.5])[:, None, None]) / np.array([2, 2, 0.5])[
+        :, None, None
+    ]
+    assert np.allclose(standardized(planes, settings).numpy(), expected, atol=1e-6)
+    assert standardized(planes, settings).dtype == torch.float32
+
+
+def test_the_head_is_the_last_layer_and_nothing_before_it() -> None:
+    for architecture, names in (
+        ("resnet18", {"fc"}),
+        ("shufflenet_v2_x1_0", {"fc"}),
+        ("squeezenet1_1", {"classifier"}),
+    ):
+        network = build(architecture)
+        inside = {id(parameter) for parameter in head(architecture, network).parameters()}
+        assert {
+            name.split(".")[0] for name, parameter in network.named_parameters() if id(parameter) in inside
+        } == names

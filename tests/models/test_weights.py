@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from models import weights
+from models import embedding, weights
 from models.architectures import build
 from models.weights import WeightsError
 
@@ -27,8 +28,8 @@ def _record(**changes: Any) -> weights.WeightsRecord:
         sha256="0" * 64,
         architecture="squeezenet1_1",
         preprocessing="native",
-        preprocessing_version="1",
-        input=weights.InputFormat(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        preprocessing_version="2",
+        input=weights.InputFormat(224, 255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         threshold=0.5,
         operating_point="none; random numbers",
         undetermined_band=None,
@@ -37,7 +38,7 @@ def _record(**changes: Any) -> weights.WeightsRecord:
         release="demonstration",
         data="none; random numbers for tests of the software",
         trained_on="nothing",
-        training_range=weights.TrainingRange((1.0, 2.5), (500.0, 1e6)),
+        training_range=weights.TrainingRange((1.0, 2.5), (500.0, 1e6), None),
         metrics={},
         intended_use="tests of the software",
         acceptance=None,
@@ -173,7 +174,7 @@ def test_local_weights_need_an_acceptance_report_for_exactly_these_weights(recor
         ({"threshold": "0.5"}, "finite number"),
         ({"threshold": 1.5}, "threshold"),
         ({"threshold": True}, "finite number"),
-        ({"schema": 2}, "schema"),
+        ({"schema": 1}, "schema"),
         ({"name": "../../etc"}, "name"),
         ({"file": "../secret.safetensors"}, "bare name"),
         ({"file": "weights.pkl"}, "bare name"),
@@ -185,7 +186,11 @@ def test_local_weights_need_an_acceptance_report_for_exactly_these_weights(recor
         ({"undetermined_band": [0.6]}, "list of 2"),
         ({"input": {"size": 224}}, "missing"),
         ({"metrics": {"auc": "high"}}, "finite number"),
-        ({"training_range": {"spacing_mm": [2.0, 1.0], "total_counts": [1, 2]}}, "training_range"),
+        (
+            {"training_range": {"spacing_mm": [2.0, 1.0], "total_counts": [1, 2], "embedding_distance": None}},
+            "low, high",
+        ),
+        ({"training_range": {"spacing_mm": [1.0, 2.0], "total_counts": [1, 2]}}, "missing"),
         ({"intended_use": ""}, "intended_use"),
     ],
 )
@@ -302,3 +307,40 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(record_path: Path, tmp_
     (tmp_path / "taken").write_text("a file where a folder should be")
     with pytest.raises(WeightsError, match="cannot be installed into"):
         weights.install(record_path, tmp_path / "taken")
+
+
+def _limited(tmp_path: Path, **changes: Any) -> tuple[Path, embedding.EmbeddingRange]:
+    known = embedding.fit(np.random.default_rng(1).normal(0, 1, (40, 512)).astype(np.float32))
+    reach = weights.TrainingRange((1.0, 2.5), (500.0, 1e6), 3.0)
+    record = _record(training_range=reach)
+    return weights.save(tmp_path / "limited", record, build("squeezenet1_1"), embedding=known, **changes), known
+
+
+def test_the_range_of_the_embedding_travels_with_the_weights(tmp_path: Path) -> None:
+    path, known = _limited(tmp_path)
+    loaded = weights.load(str(path))
+    assert loaded.embedding is not None
+    row = np.random.default_rng(2).normal(0, 1, 512).astype(np.float32)
+    assert embedding.distance(row, loaded.embedding) == pytest.approx(embedding.distance(row, known), rel=0.01)
+    assert loaded.record.training_range.embedding_distance == 3.0
+    with torch.inference_mode():
+        assert loaded.network(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_weights_without_a_range_have_none_and_ask_for_none(record_path: Path) -> None:
+    assert weights.load(str(record_path)).embedding is None
+
+
+@pytest.mark.parametrize("lost", ["mean", "basis", "spread", "rest", "all"])
+def test_a_limit_without_its_range_is_refused_for_a_check_that_cannot_be_made_must_not_pass(
+    tmp_path: Path, lost: str
+) -> None:
+    path, _ = _limited(tmp_path)
+    tensors = safetensors.torch.load((path.parent / "untrained.safetensors").read_bytes())
+    kept = {key: value for key, value in tensors.items() if not key.startswith("embedding_range.")}
+    if lost != "all":
+        kept = {key: value for key, value in tensors.items() if key != f"embedding_range.{lost}"}
+    assert len(kept) < len(tensors)
+    _replace_tensors(path, safetensors.torch.save(kept))
+    with pytest.raises(WeightsError, match="range of the embedding"):
+        weights.load(str(path))

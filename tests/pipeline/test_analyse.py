@@ -12,14 +12,23 @@ import pytest
 import torch
 from pydicom import Dataset
 
-from models import weights
+from models import embedding, weights
 from models.architectures import build
 from models.weights import LoadedModel
-from pipeline.analyse import WrongPreprocessing, analyse, fused_logit, load_model, sigmoid, verdict_of
+from pipeline.analyse import (
+    WrongPreprocessing,
+    analyse,
+    analyse_views,
+    fused_logit,
+    judge,
+    load_model,
+    sigmoid,
+    verdict_of,
+)
 from pipeline.camera import examination, expose, foreign
 from pipeline.finding import Declined, Finding
 from pipeline.phantom import Phantom, phantom
-from pipeline.preprocess import PREPROCESSING_VERSION
+from pipeline.preprocess import GRID, PREPROCESSING_VERSION, ROOT_COUNTS, prepare_scan
 from pipeline.quantify import box_outline
 from pipeline.reasons import REASONS
 
@@ -46,16 +55,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
         architecture="resnet18",
         preprocessing="native",
         preprocessing_version=PREPROCESSING_VERSION,
-        input=weights.InputFormat(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        input=weights.InputFormat(GRID, ROOT_COUNTS.scale, ROOT_COUNTS.mean, ROOT_COUNTS.std),
         threshold=0.5,
         operating_point="none; random numbers",
         undetermined_band=None,
         temperature=2.0,
-        fusion="mean_logit",
+        fusion="views_as_channels",
         release="demonstration",
         data="none; random numbers for tests of the software",
         trained_on="nothing",
-        training_range=weights.TrainingRange((1.0, 2.4), (400.0, 5e6)),
+        training_range=weights.TrainingRange((1.0, 2.64), (400.0, 5e6), None),
         metrics={},
         intended_use="tests of the software",
         acceptance=None,
@@ -138,11 +147,68 @@ def test_present_outlines_the_tissue_and_absent_the_analysed_region(model: Loade
         assert not_seen.remnant_to_background is None
 
 
-def test_the_fusion_is_the_one_that_the_record_names(model: LoadedModel, remnant: Phantom) -> None:
+def test_the_network_is_asked_about_both_views_at_once(model: LoadedModel, remnant: Phantom) -> None:
+    finding = _found(analyse(expose(remnant, examination(1), "two_frames"), model))
+    counts = {view.image.view: (view.image.counts, view.image.spacing_mm) for view in finding.views}
+    assert np.array_equal(counts["posterior"][0], remnant.posterior)
+    (both,) = prepare_scan(counts).inputs
+    with torch.inference_mode():
+        output = model.network(torch.from_numpy(both)[None])[0]
+    assert finding.probability == pytest.approx(sigmoid(float(output[1] - output[0]) / 2), rel=1e-5)
+    # A view's own probability is what the network says when that view alone came.
+    for view in finding.views:
+        (alone,) = prepare_scan({view.image.view: counts[view.image.view]}).inputs
+        assert view.probability == sigmoid(judge(model, alone).logit / 2)
+    assert len({finding.probability, *(view.probability for view in finding.views)}) == 3
+
+
+def test_the_decision_without_outlines_is_the_same(model: LoadedModel, remnant: Phantom) -> None:
+    whole = _found(analyse(expose(remnant, examination(1), "two_frames"), model))
+    quick = _found(analyse_views([view.image for view in whole.views], model, outlined=False))
+    assert quick.probability == whole.probability
+    assert [view.probability for view in quick.views] == [view.probability for view in whole.views]
+    assert whole.views[0].mask.any()
+    assert not any(view.mask.any() for view in quick.views)
+
+
+def test_the_evidence_of_a_posterior_view_lies_on_its_own_sides(model: LoadedModel, remnant: Phantom) -> None:
+    """The network sees the posterior view turned; a map that was not turned back would point beside the tissue."""
+    finding = _found(analyse(expose(remnant, examination(1), "two_frames"), model))
+    posterior = finding.views[1]
+    (alone,) = prepare_scan({"posterior": (posterior.image.counts, posterior.image.spacing_mm)}).inputs
+    evidence = judge(model, alone).evidence
+    assert evidence is not None
+    assert posterior.activation is not None
+    crop = posterior.crop
+    inside = posterior.activation[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    sides = [float(inside[:, : crop.width // 2].mean()), float(inside[:, crop.width // 2 :].mean())]
+    middle = evidence.shape[1] // 2
+    turned = [float(evidence[:, -middle:].mean()), float(evidence[:, :middle].mean())]
+    assert (sides[0] > sides[1]) == (turned[0] > turned[1])
+
+
+def test_a_scan_far_from_the_training_in_the_networks_features_is_declined_and_one_within_is_answered(
+    model: LoadedModel, remnant: Phantom, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    known = embedding.fit(rng.normal(0.5, 0.2, (50, 512)).astype(np.float32))
     datasets = expose(remnant, examination(1), "two_frames")
-    by_logit = _found(analyse(datasets, model))
-    logits = [np.log(view.probability / (1 - view.probability)) for view in by_logit.views]
-    assert by_logit.probability == pytest.approx(sigmoid(float(np.mean(logits))))
+    answers = []
+    for limit in (1e-3, 1e6):
+        reach = dataclasses.replace(model.record.training_range, embedding_distance=limit)
+        record = dataclasses.replace(model.record, training_range=reach)
+        limited = load_model(str(weights.save(tmp_path / str(limit), record, model.network, embedding=known)))
+        answers.append(analyse(datasets, limited))
+    far, near = answers
+    assert _declined(far).reason == "out_of_training_range"
+    assert "features" in _declined(far).detail
+    assert _declined(far).ours
+    assert [image.view for image in _declined(far).images] == ["anterior", "posterior"]
+    assert _found(near).probability == _found(analyse(datasets, model)).probability
+
+
+def test_the_fusion_is_the_one_that_the_record_names() -> None:
+    assert fused_logit([1.5], "views_as_channels", 2.0) == pytest.approx(0.75)
     assert fused_logit([2.0, -1.0], "mean_logit", 2.0) == pytest.approx(0.25)
     mean = (sigmoid(2.0) + sigmoid(-1.0)) / 2
     assert sigmoid(fused_logit([2.0, -1.0], "mean_probability", None)) == pytest.approx(mean)

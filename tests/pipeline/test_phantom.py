@@ -31,7 +31,9 @@ def test_every_stratum_is_what_its_name_says(stratum: str) -> None:
     assert truth.stratum == stratum
     assert scan.anterior.shape == scan.posterior.shape == (256, 256)
     assert scan.anterior.dtype == scan.posterior.dtype == np.uint16
-    assert scan.spacing_mm == pytest.approx((PIXEL_MM / truth.zoom, PIXEL_MM / truth.zoom))
+    pixel_mm = 2.3976 if stratum == "other_camera" else PIXEL_MM
+    assert scan.spacing_mm == pytest.approx((pixel_mm / truth.zoom, pixel_mm / truth.zoom))
+    assert truth.physics == ("other" if stratum == "other_camera" else "varied")
     assert truth.residual == any(focus.site in THYROID_SITES for focus in truth.foci)
     assert truth.uptake_percent == pytest.approx(sum(f.uptake_percent for f in truth.foci if f.is_thyroid))
     if stratum in RESIDUAL_STRATA:
@@ -68,7 +70,7 @@ def test_a_stratum_that_contradicts_the_class_is_refused() -> None:
 
 
 def test_beyond_the_detector_stand_exact_zeros() -> None:
-    scan = phantom(2, stratum="zoom_1.0")
+    scan = phantom(2, stratum="zoom_1.0", physics="this")
     for counts in (scan.anterior, scan.posterior):
         rows = np.flatnonzero(counts.sum(axis=1))
         assert 36 <= rows[0] <= 38

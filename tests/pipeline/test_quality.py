@@ -9,7 +9,7 @@ from pipeline.phantom import STRATA, phantom
 from pipeline.quality import problem_of
 from pipeline.reasons import REASONS
 
-RANGE = TrainingRange(spacing_mm=(1.0, 2.4), total_counts=(400.0, 5e6))
+RANGE = TrainingRange(spacing_mm=(1.0, 2.64), total_counts=(400.0, 5e6), embedding_distance=None)
 SOURCE = SourceFrame("1.2.840.10008.5.1.4.1.1.20", "2.25.1", "2.25.2", 1, 2)
 
 

@@ -1,0 +1,210 @@
+"""What each step of the paper's image processing does to the answer: `python -m pipeline.ablation --work DIR`.
+
+The same simulated pairs are shown to the same network, trained alike from the same random weights, as plain roots of
+counts and under every variant of equalization and GrabCut; each is measured on unseen pairs of the same cameras and on
+those of a camera that none was trained on (other pixels, resolution, sensitivity, scatter). `mask_alone` sees nothing
+but GrabCut's outline: its area says how much of the label the mask itself betrays. Small on purpose, so that all of it
+fits into one sitting: the areas compare the variants with each other, not with the shipped weights.
+
+Writes `ablation.json` into DIR, row by row, and goes on where it was interrupted.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models import metrics
+from models.train import TrainingSettings, logits, train
+from pipeline.cohort import CohortPlan
+from pipeline.phantom import phantom
+from pipeline.preprocess import (
+    GRABCUT_SMOOTHING_MM,
+    GRID,
+    ROOT_COUNTS,
+    Order,
+    equalize,
+    field_of_view,
+    on_grid,
+    prepare,
+    smooth,
+    window,
+)
+
+SETS: Final = MappingProxyType(
+    {
+        "training": CohortPlan(
+            30_000_000, 1_500, stratum_period=2, stratum_run=1, confusers=3.0, without=("other_camera",)
+        ),
+        "same_cameras": CohortPlan(
+            31_000_000, 500, stratum_period=2, stratum_run=1, confusers=3.0, without=("other_camera",)
+        ),
+        "other_camera": CohortPlan(32_000_000, 500, stratum_period=2, stratum_run=1, confusers=3.0, physics="other"),
+    }
+)
+LAYERS: Final = ("root", "equalized", "mask")
+"""What is cached of each view, on the native grid: root of counts; equalized picture and GrabCut's mask, 0 to 1."""
+_ORDER: Final = Order(
+    steps=("bin", "field_of_view", "crop", "root_plane", "smooth_for_grabcut", "window", "grabcut", "mask"),
+    joint=True,
+    standard=ROOT_COUNTS,
+    size=GRID,
+)
+
+Planes = NDArray[np.float16]
+
+
+def _views(layers: Planes, make: Callable[[Planes], Planes]) -> Planes:
+    """(P, 7, edge, edge) -> (P, 3, edge, edge): `make` of the (P, 3, ...) layers of each view, and the field."""
+    return np.stack([make(layers[:, :3]), make(layers[:, 3:6]), layers[:, 6]], axis=1)
+
+
+def _each(layers: Planes, make: Callable[[Planes], Planes]) -> Planes:
+    """-> (2 P, 3, edge, edge): each view an image of its own, as in the paper; its third plane is the field."""
+    both = [np.stack([make(part), make(part), layers[:, 6]], axis=1) for part in (layers[:, :3], layers[:, 3:6])]
+    return np.stack(both, axis=1).reshape(-1, 3, *layers.shape[2:])
+
+
+def _root(view: Planes) -> Planes:
+    return view[:, 0]
+
+
+def _equalized(view: Planes) -> Planes:
+    return view[:, 1] * np.float16(4)  # to the size of roots of counts
+
+
+def _masked(image: Planes, view: Planes) -> Planes:
+    """Under the mask; where GrabCut left none, as it was: the rule of `preprocess.mask_rule`."""
+    empty = np.asarray(~(view[:, 2] > 0).any(axis=(1, 2)))
+    return np.asarray(image * np.where(empty[:, None, None], 1, view[:, 2]), np.float16)
+
+
+VARIANTS: Final[Mapping[str, Callable[[Planes], Planes]]] = MappingProxyType(
+    {
+        "plain": lambda layers: _views(layers, _root),
+        "plain_each_view": lambda layers: _each(layers, _root),
+        "equalized": lambda layers: _views(layers, _equalized),
+        "masked": lambda layers: _views(layers, lambda view: _masked(_root(view), view)),
+        "equalized_masked": lambda layers: _views(layers, lambda view: _masked(_equalized(view), view)),
+        "equalized_masked_each_view": lambda layers: _each(layers, lambda view: _masked(_equalized(view), view)),
+        "mask_alone": lambda layers: _views(layers, lambda view: view[:, 2] * np.float16(4)),
+    }
+)
+"""Name -> network inputs from the cached layers. `plain` is `native`; `equalized_masked_each_view` is the paper's idea
+with a mask that is sound (GrabCut on the native crop, not on the equalized picture)."""
+SETTINGS: Final = TrainingSettings(
+    stages=((6, GRID // 2), (2, GRID)),
+    batch_size=32,
+    learning_rate=1e-3,
+    shift=5,
+    scale=1.0,
+    mean=ROOT_COUNTS.mean,
+    std=ROOT_COUNTS.std,
+)
+
+
+def layers_of(plan: CohortPlan, index: int) -> tuple[Planes, bool, int]:
+    """(7, edge, edge): `LAYERS` of the anterior view, of the posterior one turned, and the field; label; masks kept."""
+    stratum, residual = plan.draw(index)
+    scan = phantom(
+        plan.first_seed + index, stratum=stratum, residual=residual, physics=plan.physics, confusers=plan.confusers
+    )
+    found, field, kept = [], np.zeros((GRID, GRID), np.float32), 0
+    for counts, sides in ((scan.anterior, 1), (scan.posterior, -1)):
+        view = prepare(counts.astype(np.float32), scan.spacing_mm, _ORDER)
+        box = view.crop
+        part = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+        crop = counts[part].astype(np.float32)
+        seen = field_of_view(counts.astype(np.float32))[part]
+        grey = equalize(window(smooth(crop, seen, scan.spacing_mm, GRABCUT_SMOOTHING_MM)), seen)
+        planes = (
+            view.planes[0],
+            on_grid(grey.astype(np.float32) / np.float32(255), scan.spacing_mm),
+            on_grid(view.mask[part].astype(np.float32), scan.spacing_mm),
+        )
+        found += [plane[:, ::sides] for plane in planes]
+        field += view.field[:, ::sides] / 2
+        kept += view.mask_rule == "grabcut"
+    return np.stack([*found, field]).astype(np.float16), scan.truth.residual, kept
+
+
+def _layers(job: tuple[CohortPlan, int]) -> tuple[Planes, bool, int]:
+    return layers_of(*job)
+
+
+def cached(folder: Path, name: str, plan: CohortPlan, processes: int) -> tuple[Planes, NDArray[np.uint8], NDArray[Any]]:
+    """Layers (P, 7, edge, edge), labels (P,), number of masks kept (P,); simulated once."""
+    path = folder / f"{name}.npz"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with multiprocessing.get_context("spawn").Pool(processes, cv2.setNumThreads, (1,)) as pool:
+            rows = pool.map(_layers, [(plan, index) for index in range(plan.pairs)], chunksize=8)
+        layers, labels, kept = zip(*rows, strict=True)
+        part = path.with_name(f".{path.name}")
+        with part.open("wb") as file:
+            np.savez(file, layers=np.stack(layers), labels=np.array(labels, np.uint8), kept=np.array(kept))
+        part.replace(path)
+    data = np.load(path)
+    return data["layers"], data["labels"], data["kept"]
+
+
+def run(work: Path, processes: int, say: Callable[[str], None]) -> Path:
+    """All variants that have no row yet. Returns the path of `ablation.json`."""
+    sets = {name: cached(work, name, plan, processes) for name, plan in SETS.items()}
+    path = work / "ablation.json"
+    rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    rows.setdefault(
+        "mask_kept_or_not", {name: {"auc": metrics.roc_auc(labels, kept)} for name, (_, labels, kept) in sets.items()}
+    )
+    layers, labels, _ = sets["training"]
+    for variant, make in VARIANTS.items():
+        if variant in rows:
+            continue
+        started = time.monotonic()
+        images = make(layers)
+        inputs = len(images) // len(labels)
+        # Shown to the network as often as the others: a view of its own counts as half a pair.
+        settings = dataclasses.replace(SETTINGS, epoch_images=inputs * len(labels))
+        network = train(images, np.repeat(labels, inputs), settings, checkpoint=work / f"{variant}.pt")
+        row: dict[str, Any] = {}
+        for name in ("same_cameras", "other_camera"):
+            unseen, truth, _ = sets[name]
+            scores = logits(network, make(unseen), settings).reshape(len(truth), -1).mean(axis=1)
+            low, high = metrics.roc_auc_interval(truth, scores)
+            row[name] = {"auc": metrics.roc_auc(truth, scores), "low": low, "high": high}
+            np.save(work / f"{variant}.{name}.npy", scores)
+        row["seconds"] = round(time.monotonic() - started)
+        rows[variant] = row
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+        say(f"{variant}: {json.dumps(row)}")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare the steps of the image processing on simulated scans.")
+    parser.add_argument("--work", type=Path, required=True, help="folder for pictures (1 GB), checkpoints and result")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only-pictures", action="store_true", help="simulate, and stop before training")
+    arguments = parser.parse_args()
+    if arguments.only_pictures:
+        for name, plan in SETS.items():
+            cached(arguments.work, name, plan, arguments.processes)
+        return
+    path = run(arguments.work, arguments.processes, lambda line: print(line, file=sys.stderr, flush=True))
+    sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()
