@@ -62,23 +62,14 @@ def head(architecture: str, network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
-    """What one pass gives for N images: `logits` (N, 2); `embedding` (N, D), the features before the last layer.
-
-    `evidence`: where the evidence for "present" lies, (N, h, w), in logits, not scaled; or None.
-    """
+    """What one pass gives for N images: `logits` (N, 2); `embedding` (N, D), the features before the last layer."""
 
     logits: torch.Tensor
     embedding: torch.Tensor
-    evidence: torch.Tensor | None
 
 
 def judged(architecture: str, network: nn.Module, images: torch.Tensor) -> Judged:
-    """One pass over images (N, 3, H, W).
-
-    ResNet-18 averages its last features over the plane and applies one linear layer, so the map of the evidence is that
-    linear layer applied at each place, exactly, without a gradient (Zhou et al., CVPR 2016). SqueezeNet ends in a 1 x 1
-    convolution for each class, which is the map itself. ShuffleNetV2 gives None: nobody asked for its map yet.
-    """
+    """One pass over images (N, 3, H, W)."""
     if architecture == "resnet18":
         features = images
         for name, layer in network.named_children():
@@ -86,20 +77,14 @@ def judged(architecture: str, network: nn.Module, images: torch.Tensor) -> Judge
                 break
             features = layer(features)
         pooled = torch.flatten(network.get_submodule("avgpool")(features), 1)
-        weight = network.get_parameter("fc.weight")
-        evidence = torch.einsum("nchw,c->nhw", features, weight[1] - weight[0])
-        return Judged(network.get_submodule("fc")(pooled), pooled, evidence)
+        return Judged(network.get_submodule("fc")(pooled), pooled)
     if architecture == "squeezenet1_1":
         maps = network.get_submodule("features")(images)
-        pooled = maps.mean(dim=(2, 3))
-        *before, rectify, average = network.get_submodule("classifier").children()
-        for layer in before:
-            maps = layer(maps)
-        return Judged(torch.flatten(average(rectify(maps)), 1), pooled, maps[:, 1] - maps[:, 0])
+        return Judged(torch.flatten(network.get_submodule("classifier")(maps), 1), maps.mean(dim=(2, 3)))
     features = images
     for name, layer in network.named_children():
         if name == "fc":
             break
         features = layer(features)
     pooled = features.mean(dim=(2, 3))
-    return Judged(network.get_submodule("fc")(pooled), pooled, None)
+    return Judged(network.get_submodule("fc")(pooled), pooled)

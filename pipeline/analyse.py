@@ -20,7 +20,7 @@ from pydicom import Dataset
 from models.architectures import judged
 from models.embedding import distance
 from models.weights import LoadedModel, WeightsRecord, load
-from pipeline.explain import native_activation
+from pipeline.explain import attribution, native_activation
 from pipeline.finding import Declined, Finding, ModelFacts, Verdict, ViewFinding, ViewImage, ViewName
 from pipeline.preprocess import (
     ORDERS,
@@ -123,7 +123,7 @@ def _judged(
         {image.view: (image.counts, image.spacing_mm) for image in images}, order, standard=standard
     )
     clock.lap("preprocess")
-    answers = [judge(model, network_input) for network_input in prepared.inputs]
+    answers = [judge(model, network_input, explained=True) for network_input in prepared.inputs]
     probability = sigmoid(
         fused_logit([answer.logit for answer in answers], model.record.fusion, model.record.temperature)
     )
@@ -143,16 +143,19 @@ def _judged(
         alone = {images[0].view: answers[0]}
     else:
         alone = {image.view: answer for image, answer in zip(images, answers, strict=True)}
+    seen = _evidence(answers, images, joint=order.joint)
+    top = max(float(evidence.max()) for evidence in seen)  # one scale: a view that says little shall look so
     clock.lap("network")
     views = tuple(
         _view_finding(
             image,
             view,
             sigmoid(fused_logit([alone[image.view].logit], model.record.fusion, model.record.temperature)),
-            _evidence(alone[image.view].evidence, image.view, joint=order.joint),
+            evidence,
+            top,
             verdict,
         )
-        for image, view in zip(images, prepared.views, strict=True)
+        for image, view, evidence in zip(images, prepared.views, seen, strict=True)
     )
     clock.lap("quantify")
     record = model.record
@@ -192,7 +195,7 @@ class Answer:
     """What the network says of one input.
 
     `logit` of "present" against "absent"; `distance` from the scans trained on, None where the weights have no range of
-    it; `evidence` (h, w) in logits over the crop, or None.
+    it; `evidence` (3, size, size): `pipeline.explain.attribution` of each channel, None where nobody asked.
     """
 
     logit: float
@@ -200,25 +203,32 @@ class Answer:
     evidence: NDArray[np.float32] | None
 
 
-def judge(model: LoadedModel, network_input: NDArray[np.float32]) -> Answer:
-    """Ask the network about one input (3, size, size).
+def judge(model: LoadedModel, network_input: NDArray[np.float32], *, explained: bool = False) -> Answer:
+    """Ask the network about one input (3, size, size); `explained`: and where its evidence lies.
 
     One at a time: in a batch the last bits of a logit depend on the images beside it.
     """
-    with torch.inference_mode():
-        seen = judged(
-            model.record.architecture, model.network, torch.from_numpy(np.ascontiguousarray(network_input))[None]
-        )
-        return Answer(
-            logit=float(seen.logits[0, 1] - seen.logits[0, 0]),
-            distance=None if model.embedding is None else distance(seen.embedding[0].numpy(), model.embedding),
-            evidence=None if seen.evidence is None else seen.evidence[0].numpy(),
-        )
+    batch = torch.from_numpy(np.array(network_input, np.float32))[None]
+    with torch.set_grad_enabled(explained):
+        seen = judged(model.record.architecture, model.network, batch.requires_grad_(explained))
+        logit = seen.logits[0, 1] - seen.logits[0, 0]
+        if explained:
+            logit.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    gradient = batch.grad
+    return Answer(
+        logit=float(logit.detach()),
+        distance=None if model.embedding is None else distance(seen.embedding[0].detach().numpy(), model.embedding),
+        evidence=None if gradient is None else attribution(gradient[0].numpy(), np.asarray(network_input)),
+    )
 
 
-def _evidence(evidence: NDArray[np.float32] | None, view: ViewName, *, joint: bool) -> NDArray[np.float32] | None:
-    """On the view's own sides: a joint input shows the posterior view turned."""
-    return evidence[:, ::-1] if evidence is not None and joint and view == "posterior" else evidence
+def _evidence(answers: Sequence[Answer], images: Sequence[ViewImage], *, joint: bool) -> list[NDArray[np.float32]]:
+    """The evidence in each view, (size, size), on its own sides: a joint input shows the posterior view turned."""
+    found = [answer.evidence for answer in answers if answer.evidence is not None]
+    if not joint:
+        return [np.asarray(evidence.sum(axis=0), np.float32) for evidence in found]
+    (both,) = found
+    return [both[1][:, ::-1] if image.view == "posterior" else both[0] for image in images]
 
 
 def fused_logit(logits: Sequence[float] | NDArray[np.float64], fusion: str, temperature: float | None) -> float:
@@ -260,11 +270,13 @@ def _view_finding(
     image: ViewImage,
     prepared: Prepared,
     probability: float,
-    evidence: NDArray[np.float32] | None,
+    evidence: NDArray[np.float32],
+    top: float,
     verdict: Verdict,
 ) -> ViewFinding:
     shape = (image.counts.shape[0], image.counts.shape[1])
-    activation = None if evidence is None else native_activation(evidence, prepared.crop, shape)
+    # Without tissue there is nothing to point at, and a map scaled to its own maximum would point all the same.
+    activation = None if verdict == "absent" else native_activation(evidence, prepared.crop, shape, top=top)
     component = main_component(prepared.mask, image.counts, activation)
     tissue = verdict == "present" and bool(component.any())
     line = outline(component) if tissue else box_outline(prepared.crop)

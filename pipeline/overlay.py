@@ -157,7 +157,7 @@ def _draw_view(
         below = _TOP + _MAIN - _SMALL
         picture.paste(_heat(view.activation, region, _SMALL), (beside, below))
         _frame(pen, beside, below, _SMALL)
-        pen.text((beside, below - 4), "evidence map, coarse", font=_font(15), fill=_WHITE, anchor="ld")
+        pen.text((beside, below - 4), "evidence map", font=_font(15), fill=_WHITE, anchor="ld")
 
 
 def _foci(pen: ImageDraw.ImageDraw, finding: Finding, image: ViewImage, region: _Region, left: int) -> None:
