@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -65,7 +65,9 @@ def test_an_admins_open_reader_changes_nothing_and_tail_follows(
             stdout=subprocess.PIPE,
             text=True,
         ) as tail,
+        ExitStack() as ended,
     ):
+        ended.callback(tail.send_signal, signal.SIGINT)  # leaving waits for it, whatever went wrong before
         reader.execute("BEGIN")
         reader.execute("select count(*) from worklist").fetchone()
         for seed in (900, 901, 902):
@@ -77,7 +79,6 @@ def test_an_admins_open_reader_changes_nothing_and_tail_follows(
         while states.get(3, [""])[-1] != "delivered":
             line = json.loads(tail.stdout.readline())
             states.setdefault(line["id"], []).append(line["state"])
-        tail.send_signal(signal.SIGINT)
     assert set(states) == {1, 2, 3}
     shown = subprocess.run(
         [sqlite, str(node.database), "select id, state, finding, views from worklist"],
