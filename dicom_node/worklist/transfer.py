@@ -51,7 +51,21 @@ def backup(engine: Engine, path: Path) -> None:
         _as_one_file(part)
         _refuse_unsound(part)
         _put(part, path)
-    record_event(engine, "node", "a backup was written")
+    _record_patiently(engine, "a backup was written")
+
+
+def _record_patiently(engine: Engine, detail: str) -> None:
+    """SQLite hands its write lock to whoever asks first: beside busy receivers one wait may end empty-handed.
+
+    The backup stands already, so it is not called a failure before a minute of waiting.
+    """
+    for attempts_left in reversed(range(12)):
+        try:
+            record_event(engine, "node", detail)
+            return
+        except DatabaseUnavailable as error:
+            if not error.retry or not attempts_left:
+                raise
 
 
 def restore(url: str, path: Path) -> Path | None:

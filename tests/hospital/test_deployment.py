@@ -44,7 +44,7 @@ def test_every_log_event_in_the_admins_page_is_one_that_the_code_says() -> None:
     assert table is not None
     events = {name for row in table[0].strip().splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert len(events) > 10
-    code = "".join(path.read_text(encoding="utf-8") for path in (DEPLOY.parent / "dicom_node").glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in (DEPLOY.parent / "dicom_node").rglob("*.py"))
     assert {event for event in events if f'"{event}"' not in code} == set()
 
 
