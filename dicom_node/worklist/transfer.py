@@ -62,10 +62,11 @@ def _record_patiently(engine: Engine, detail: str) -> None:
     for attempts_left in reversed(range(12)):
         try:
             record_event(engine, "node", detail)
-            return
         except DatabaseUnavailable as error:
             if not error.retry or not attempts_left:
                 raise
+        else:
+            return
 
 
 def restore(url: str, path: Path) -> Path | None:
