@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Tests share two cores with the servers they start, so no more workers than cores.
 WORKERS ?= 2
 
-.PHONY: demo test judges bench lint format peers clean help
+.PHONY: demo test judges bench soak fuzz lint format peers clean help
 
 help:            ## Show this list
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/'
@@ -24,6 +24,12 @@ judges: $(VENV)/.dev peers   ## Every kind of result before every validator, Pix
 
 bench: $(VENV)/.dev peers   ## Measure speed and memory beside a peer
 	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/bench_scan_to_result.py tests/hospital/end_to_end/bench_receiving.py
+
+soak: $(VENV)/.dev peers   ## Send thousands of objects through a node and look for what grows: SOAK_OBJECTS=10000 SOAK_MINUTES=240
+	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/soak_*.py
+
+fuzz: $(VENV)/.dev   ## Feed every parser of the wire with broken bytes: FUZZ_S=600 FUZZ_SEED=1
+	$(BIN)/python -m pytest -q -s tests/dicom_node/fuzz_parsers.py
 
 lint: $(VENV)/.dev   ## ruff, mypy (strict), import-linter
 	$(BIN)/ruff check .
