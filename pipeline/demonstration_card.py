@@ -13,8 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from models.weights import WeightsRecord
 
 _LEARNT = "one in three natural, two of the strata; other uptake three times as frequent"
+_HARDER = {"training_harder": _LEARNT.replace("three times as", "six times as")}
 _SETS = {
-    "stress": "every stratum in turn, faint and deceptive ones several times; other uptake four times as frequent",
+    "stress": "every stratum in turn, faint and deceptive ones several times; other uptake six times as frequent",
     "population": "the natural population, one half with residual tissue",
     "other_camera": "the natural population before a camera whose physics no training scan had",
 }
@@ -32,7 +33,7 @@ def card(record: WeightsRecord, report: Mapping[str, Any], sources: Mapping[str,
     return template.render(
         record=record,
         between=between,
-        sets=_rows([(name, size, _SETS.get(name, _LEARNT)) for name, size in sources.items()]),
+        sets=_rows([(name, size, (_SETS | _HARDER).get(name, _LEARNT)) for name, size in sources.items()]),
         header=" | ".join(name.replace("_", " ") for name in _measured(report)),
         rule=" --- |" * len(_measured(report)),
         figures=_rows(_figures(report)),

@@ -41,8 +41,9 @@ NAME: Final = "remnant-resnet18-phantom"
 _LEARNT = CohortPlan(0, 0, stratum_period=3, stratum_run=2, confusers=3.0, without=("other_camera",))
 PLANS: Final = {
     "training": dataclasses.replace(_LEARNT, first_seed=20_000_000, pairs=8_000),
+    "training_harder": dataclasses.replace(_LEARNT, first_seed=26_000_000, pairs=8_000, confusers=6.0),
     "validation": dataclasses.replace(_LEARNT, first_seed=21_000_000, pairs=1_000),
-    "stress": CohortPlan(25_000_000, 2_000, stratum_period=1, stratum_run=1, confusers=4.0),
+    "stress": CohortPlan(28_000_000, 2_000, stratum_period=1, stratum_run=1, confusers=6.0),
     "population": CohortPlan(23_000_000, 1_000, prevalence=0.5),
     "other_camera": CohortPlan(24_000_000, 500, physics="other", prevalence=0.5),
 }
@@ -58,11 +59,14 @@ COARSE: Final = TrainingSettings(
     mean=ROOT_COUNTS.mean,
     std=ROOT_COUNTS.std,
 )
-SETTINGS: Final = dataclasses.replace(COARSE, stages=((5, GRID),), stop_after=None, learning_rate=5e-4, seed=132)
-"""What `COARSE` learnt is the start of these epochs at full resolution."""
+FINE: Final = dataclasses.replace(COARSE, stages=((5, GRID),), stop_after=None, learning_rate=5e-4, seed=132)
+FINAL: Final = dataclasses.replace(FINE, stages=((18, GRID),), epoch_images=8_000, learning_rate=7e-4, seed=133)
+TRAINING: Final = ("training", "training_harder")
+PHASES: Final = ((COARSE, TRAINING[:1]), (FINE, TRAINING[:1]), (FINAL, TRAINING))
+"""Settings and cohorts in turn; each starts from what the one before it learnt."""
 SENSITIVITY: Final = 0.98
 """Share of the validation cohort's residual scans that the threshold has to call."""
-UNDETERMINED: Final = 0.015
+UNDETERMINED: Final = 0.006
 """Share of the validation cohort that the undetermined band may hold."""
 _EMBEDDED = 4_000
 
@@ -73,32 +77,22 @@ def make(
     say: Callable[[str], None],
     *,
     plans: Mapping[str, CohortPlan] = PLANS,
-    coarse: TrainingSettings = COARSE,
-    settings: TrainingSettings = SETTINGS,
+    phases: Sequence[tuple[TrainingSettings, tuple[str, ...]]] = PHASES,
 ) -> Path:
     """All of it. Returns the path of the written record."""
     cohorts = {}
-    for name in ("training", "validation"):
+    for name in (*TRAINING, "validation"):
         say(f"{name} cohort: {plans[name].pairs} pairs")
         cohorts[name] = phantom_cohort(work / "cohorts", plans[name], processes=processes)
-    training, validation = cohorts["training"], cohorts["validation"]
-    started = time.monotonic()
-
-    def after_epoch(report: EpochReport, network: nn.Module) -> None:
-        found = logits(network, validation.images, settings)
-        say(
-            f"epoch {report.epoch}/{report.epochs}: loss {report.loss:.4f}, validation AUC "
-            f"{metrics.roc_auc(validation.labels, found):.4f}, {time.monotonic() - started:.0f} s"
-        )
-
-    images, labels = training.images, training.image_labels
-    start = train(images, labels, coarse, checkpoint=work / "coarse.pt", after_epoch=after_epoch).state_dict()
-    network = train(images, labels, settings, checkpoint=work / "checkpoint.pt", initial=start, after_epoch=after_epoch)
+    trainings, validation = [cohorts[name] for name in TRAINING], cohorts["validation"]
+    settings = phases[-1][0]
+    network = _train(work, cohorts, phases, validation, say)
     result = work / "result"
-    draft = _record(training, plans, settings)
+    draft = _record(trainings, plans, settings)
     rounded = weights.load(str(weights.save(result, draft, network))).network
     say("fitting the range of the embedding, temperature, threshold and band")
-    shown = np.concatenate([_any_views(training.images[:_EMBEDDED]), training.images[:_EMBEDDED]])
+    some = np.concatenate([cohort.images[: _EMBEDDED // len(trainings)] for cohort in trainings])
+    shown = np.concatenate([_any_views(some), some])
     known = embedding.fit(embeddings(rounded, shown, settings))
     held = np.concatenate([_any_views(validation.images), validation.images])
     distances = np.array([embedding.distance(row, known) for row in embeddings(rounded, held, settings)])
@@ -129,8 +123,9 @@ def make(
         **{f"{view}_alone": metrics.roc_auc(validation.labels, alone[place]) for place, view in enumerate(VIEWS)},
     }
     report: dict[str, Any] = {"validation_auc": fusions, "threshold": threshold, "temperature": temperature}
-    floor = baseline.fit(_table(training), training.labels)
-    measured: dict[str, float] = {"training_pairs": plans["training"].pairs, "validation_pairs": len(found)}
+    table = np.concatenate([_table(cohort) for cohort in trainings])
+    floor = baseline.fit(table, np.concatenate([cohort.labels for cohort in trainings]))
+    measured: dict[str, float] = {"training_pairs": len(table), "validation_pairs": len(found)}
     for name in plans:
         if name in cohorts:
             continue
@@ -149,6 +144,42 @@ def make(
     sources = {name: f"{plan.pairs:,}, seeds from {plan.first_seed}" for name, plan in plans.items()}
     (result / f"{NAME}.md").write_text(card(weights.find(str(path)).record, report, sources), encoding="utf-8")
     return path
+
+
+def _train(
+    work: Path,
+    cohorts: Mapping[str, Cohort],
+    phases: Sequence[tuple[TrainingSettings, tuple[str, ...]]],
+    validation: Cohort,
+    say: Callable[[str], None],
+) -> nn.Module:
+    """Every phase, each with a checkpoint of its own. Returns the last one's network."""
+    network: nn.Module | None = None
+    started = time.monotonic()
+    for number, (settings, names) in enumerate(phases, start=1):
+        images = np.concatenate([cohorts[name].images for name in names])
+        labels = np.concatenate([cohorts[name].image_labels for name in names])
+
+        def after_epoch(
+            report: EpochReport, learnt: nn.Module, number: int = number, settings: TrainingSettings = settings
+        ) -> None:
+            found = metrics.roc_auc(validation.labels, logits(learnt, validation.images, settings))
+            say(
+                f"phase {number} of {len(phases)}, epoch {report.epoch}/{report.epochs}: loss {report.loss:.4f}, "
+                f"validation AUC {found:.4f}, {time.monotonic() - started:.0f} s"
+            )
+
+        network = train(
+            images,
+            labels,
+            settings,
+            checkpoint=work / f"phase{number}.pt",
+            initial=None if network is None else network.state_dict(),
+            after_epoch=after_epoch,
+        )
+    if network is None:
+        raise ValueError("there is no phase to train")
+    return network
 
 
 def _any_views(images: NDArray[Any]) -> NDArray[Any]:
@@ -270,15 +301,18 @@ def _table(cohort: Cohort) -> NDArray[np.float64]:
     return np.array([baseline.features(planes[0]) for planes in cohort.planes])
 
 
-def _record(training: Cohort, plans: Mapping[str, CohortPlan], settings: TrainingSettings) -> weights.WeightsRecord:
-    spacing, total = training.spacing_mm.astype(float), training.total_counts.astype(float)
+def _record(
+    trainings: Sequence[Cohort], plans: Mapping[str, CohortPlan], settings: TrainingSettings
+) -> weights.WeightsRecord:
+    spacing = np.concatenate([cohort.spacing_mm for cohort in trainings]).astype(float)
+    total = np.concatenate([cohort.total_counts for cohort in trainings]).astype(float)
     measured = ", ".join(
-        f"{plan.pairs} ({name})" for name, plan in plans.items() if name not in ("training", "validation")
+        f"{plan.pairs} ({name})" for name, plan in plans.items() if name not in (*TRAINING, "validation")
     )
     return weights.WeightsRecord(
         schema=weights.SCHEMA,
         name=NAME,
-        version="2",
+        version="3",
         file=f"{NAME}.safetensors",
         sha256="0" * 64,
         architecture=settings.architecture,
@@ -292,7 +326,7 @@ def _record(training: Cohort, plans: Mapping[str, CohortPlan], settings: Trainin
         fusion="views_as_channels",
         release="demonstration",
         data=(
-            f"{plans['training'].pairs} simulated pairs of anterior and posterior neck views from pipeline.phantom for "
+            f"{len(total)} simulated pairs of anterior and posterior neck views from pipeline.phantom for "
             f"training, {plans['validation'].pairs} for choosing temperature, threshold and band, and for measuring "
             f"{measured}; no seed in two of them; trained from random weights, no pre-training; no patient's image at "
             "any point"

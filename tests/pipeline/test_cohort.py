@@ -15,7 +15,7 @@ from pipeline.cohort import STRATA_CYCLE, CohortPlan, phantom_cohort
 from pipeline.finding import Finding
 from pipeline.phantom import NEGATIVE_STRATA, RESIDUAL_STRATA, STRATA, phantom
 from pipeline.preprocess import ORDERS, prepare_scan
-from pipeline.train_demonstration import COARSE, PLANS, SETTINGS, make
+from pipeline.train_demonstration import COARSE, FINAL, PLANS, TRAINING, make
 
 
 def test_a_cohort_holds_what_the_pipeline_makes_of_each_phantom(tmp_path: Path) -> None:
@@ -114,27 +114,27 @@ def test_no_seed_is_in_two_cohorts_of_the_shipped_weights() -> None:
     assert {stratum for stratum, _ in drawn} == set(STRATA) - {"view_missing"}
     assert sum(bool(residual) for _, residual in drawn) == pytest.approx(stress.pairs / 2, abs=2)
     # What carries over to a camera that was never seen is measured, so it must not have been seen.
-    learnt = [PLANS["training"].draw(index)[0] for index in range(500)]
-    assert "other_camera" not in learnt
-    assert PLANS["training"].physics == "varied"
+    for name in TRAINING:
+        assert "other_camera" not in [PLANS[name].draw(index)[0] for index in range(500)]
+        assert PLANS[name].physics == "varied"
     assert PLANS["other_camera"].physics == "other"
 
 
 def test_weights_are_made_measured_and_judge_a_scan_from_one_command(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    plans = {name: dataclasses.replace(plan, pairs=16 if name == "training" else 10) for name, plan in PLANS.items()}
+    plans = {name: dataclasses.replace(plan, pairs=16 if name in TRAINING else 10) for name, plan in PLANS.items()}
     coarse = dataclasses.replace(COARSE, architecture="squeezenet1_1", stages=((1, 56), (1, 112)), stop_after=1)
     coarse = dataclasses.replace(coarse, batch_size=8)
-    settings = dataclasses.replace(SETTINGS, architecture="squeezenet1_1", stages=((1, 112),), batch_size=8)
+    last = dataclasses.replace(FINAL, architecture="squeezenet1_1", stages=((1, 112),), batch_size=8, epoch_images=16)
     said: list[str] = []
-    path = make(tmp_path, 1, said.append, plans=plans, coarse=coarse, settings=settings)
+    path = make(tmp_path, 1, said.append, plans=plans, phases=((coarse, TRAINING[:1]), (last, TRAINING)))
     torch.set_num_threads(threads)
     record = weights.verify(str(path)).record
     assert record.release == "demonstration"
     assert record.trained_on == "simulated scans only"
     assert record.fusion == "views_as_channels"
-    assert "16 simulated pairs" in record.data
+    assert "32 simulated pairs" in record.data
     report = json.loads((path.parent / "figures.json").read_text())
     for name in ("stress", "population", "other_camera"):
         assert record.metrics[f"{name}_pairs"] == 10
@@ -148,7 +148,7 @@ def test_weights_are_made_measured_and_judge_a_scan_from_one_command(tmp_path: P
             assert rows[stratum]["scans"] >= drawn.count(stratum)
         assert 0 <= report[name]["baseline_auc"] <= 1
     assert record.undetermined_band is None  # the share of ten scans that may be undetermined is less than one
-    assert any("epoch 1/" in line for line in said)
+    assert any("phase 2 of 2, epoch 1/1" in line for line in said)
     model = load_model(str(path))
     assert model.embedding is not None
     stratum, residual = plans["training"].draw(0)
