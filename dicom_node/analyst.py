@@ -40,8 +40,12 @@ class Analyst:
         self._child: BaseProcess | None = None
         self._pipe: Connection | None = None
 
-    def start(self) -> None:
-        """Start a child unless one lives; return when it is ready. Raises RemnantError if the weights do not load."""
+    def start(self, beat: Callable[[], bool] = lambda: True) -> None:
+        """Start a child unless one lives; return when it is ready. Raises RemnantError if the weights do not load.
+
+        `beat` is called about once a second: on a crowded machine loading outlasts a lease, and the scan that waits for
+        it is not to be taken from us meanwhile. Its answer is left to whoever asks next, for a child is of use anyhow.
+        """
         if self._child is not None and self._child.is_alive():
             return
         self.end()
@@ -54,7 +58,9 @@ class Analyst:
         theirs.close()
         self._pipe = ours
         try:
-            hello = ours.recv() if ours.poll(START_LIMIT_S) else Ended("it did not start in time")
+            while not (told := ours.poll(_BEAT_S)) and time.monotonic() - started < START_LIMIT_S:
+                beat()
+            hello = ours.recv() if told else Ended("it did not start in time")
         except EOFError:
             hello = Ended("it ended while loading")
         if hello != "ready":
@@ -78,7 +84,7 @@ class Analyst:
         return reply
 
     def _ask(self, message: object, timeout_s: float, beat: Callable[[], bool]) -> Any:
-        self.start()
+        self.start(beat)
         pipe, child = self._pipe, self._child
         if pipe is None or child is None:
             return Ended("there is no analysis process")
