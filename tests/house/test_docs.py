@@ -155,10 +155,24 @@ def test_every_link_between_pages_leads_somewhere() -> None:
 
 
 def test_every_folder_has_the_page_that_its_reader_needs() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "deploy/README.md", "deploy/CONNECT.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE"):
+        assert page(name).strip(), name
+    for name in ("deploy/README.md", "deploy/CONNECT.md"):
         assert page(name).strip(), name
     for name in ("deploy/CONFORMANCE.md", "pipeline/README.md", "dicom_node/README.md"):
         assert page(name).strip(), name
+
+
+def test_the_security_page_speaks_of_settings_and_commands_that_there_are() -> None:
+    text = page("SECURITY.md")
+    settings = {row[0].strip("`") for row in table("deploy/CONFORMANCE.md", "key")}
+    named = set(re.findall(r"`((?:node|receiver|storage|sources|destinations)\.\w+)`", text))
+    assert len(named) > 6
+    assert named <= settings
+    said = {" ".join(words.split()[1:3]) for words in re.findall(r"`(remnant [a-z ]+)", text)}
+    known = {name for name, _ in commands()}
+    assert len(said) > 3
+    assert {one for one in said if one not in known and one.split()[0] not in known} == set()
 
 
 # Written apart, so that this file does not name them itself.
