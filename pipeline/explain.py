@@ -2,8 +2,9 @@
 
 The gradient of the logit at each pixel of the network's input, times what stands out there above its surroundings,
 under a Gaussian ("gradient times input": Shrikumar et al., 2016). It shows what the network used, not whether
-it was right, and it is no outline. On 60 simulated scans with residual tissue the anterior map's maximum lay
-within 15 mm of a focus of thyroid tissue in all 60. (A class activation map of the last layer has 4 x 4 places here.)
+it was right, and it is no outline. On 58 simulated scans that were called present the anterior map's maximum lay
+within 15 mm of a focus of thyroid tissue in 54, the posterior one's in 40; of an uptake of 1 % up, in 24 and 21 of 24.
+(A class activation map of the last layer has 4 x 4 places here.)
 """
 
 from typing import Final
