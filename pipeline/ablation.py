@@ -45,7 +45,7 @@ from pipeline.preprocess import (
 SETS: Final = MappingProxyType(
     {
         "training": CohortPlan(
-            30_000_000, 1_500, stratum_period=2, stratum_run=1, confusers=3.0, without=("other_camera",)
+            30_000_000, 3_000, stratum_period=2, stratum_run=1, confusers=3.0, without=("other_camera",)
         ),
         "same_cameras": CohortPlan(
             31_000_000, 500, stratum_period=2, stratum_run=1, confusers=3.0, without=("other_camera",)
@@ -104,7 +104,7 @@ VARIANTS: Final[Mapping[str, Callable[[Planes], Planes]]] = MappingProxyType(
 """Name -> network inputs from the cached layers. `plain` is `native`; `equalized_masked_each_view` is the paper's idea
 with a mask that is sound (GrabCut on the native crop, not on the equalized picture)."""
 SETTINGS: Final = TrainingSettings(
-    stages=((6, GRID // 2), (2, GRID)),
+    stages=((8, GRID // 2), (3, GRID)),
     batch_size=32,
     learning_rate=1e-3,
     shift=5,
@@ -193,7 +193,7 @@ def run(work: Path, processes: int, say: Callable[[str], None]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the steps of the image processing on simulated scans.")
-    parser.add_argument("--work", type=Path, required=True, help="folder for pictures (1 GB), checkpoints and result")
+    parser.add_argument("--work", type=Path, required=True, help="folder for pictures (2 GB), checkpoints and result")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only-pictures", action="store_true", help="simulate, and stop before training")
     arguments = parser.parse_args()

@@ -134,7 +134,7 @@ def report_blocks(content: ReportContent) -> list[Block]:
     if content.scored:
         blocks += _about_scores(content.scored, content.record)
     if content.protocol is not None:
-        blocks += _about_protocol(content.protocol)
+        blocks += protocol_blocks(content.protocol)
     blocks += _about_exclusions(content)
     blocks += _limits(content)
     return blocks
@@ -315,7 +315,8 @@ def _calibration(answered: Sequence[Scored]) -> list[Block]:
     ]
 
 
-def _about_protocol(protocol: Protocol) -> list[Block]:
+def protocol_blocks(protocol: Protocol) -> list[Block]:
+    """What was run, from what, and what came out: Tables 3 and 4, Figures 9 and 10, the tests between networks."""
     settings = protocol.settings
     asked = len(settings["architectures"]) * settings["groupings"]
     starts = {name: protocol.of(name)[0] for name in protocol.architectures}
