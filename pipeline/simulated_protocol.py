@@ -97,7 +97,8 @@ def pretrain(
     if not path.exists():
         network = train(images, labels, settings, checkpoint=work / "pretrained" / f"{architecture}.pt")
         part = path.with_name(f".{path.name}.part")
-        safetensors.torch.save_file(network.state_dict(), part)
+        state = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+        safetensors.torch.save_file(state, part)
         part.replace(path)
     start = initial_weights(architecture, str(path))
     told = (
