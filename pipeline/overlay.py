@@ -6,6 +6,7 @@ dark on white, on a square-root scale so that faint uptake beside a hot remnant 
 shown as received. A scan that was not analysed gets a picture that cannot be taken for a negative one.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -23,12 +24,14 @@ HEAD, FOOT = 80, 50
 """Pixels left free at the top and the bottom: viewers put text of their own there, at the top also a bar."""
 
 _MAIN, _SMALL, _GAP = 330, 150, 8
+_DASH = 9
 _CONTEXT = 1.3  # how much of the neck around the analysed box the main panel shows
 _TOP = HEAD + 206  # first row of the panels
 
 _Colour = tuple[int, int, int]
 _WHITE: _Colour = (255, 255, 255)
 _GREY: _Colour = (170, 170, 170)
+_LIGHT: _Colour = (215, 215, 215)
 _BLACK: _Colour = (0, 0, 0)
 
 
@@ -99,22 +102,35 @@ def _draw_verdict(pen: ImageDraw.ImageDraw, finding: Finding, palette: _Palette)
     shade = {"present": palette.present, "absent": palette.absent, "undetermined": palette.undetermined}[
         finding.finding
     ]
-    _line(pen, HEAD + 36, wording.verdict_line(finding), 52, shade, WIDTH - 40)
-    _line(pen, HEAD + 98, wording.probability_line(finding), 27, _WHITE, WIDTH - 40)
-    _draw_scale(pen, finding, shade)
+    # Also told by shape, for a grey display and for eyes that do not tell colours: full, framed, broken frame.
+    box = (20, HEAD + 34, WIDTH - 20, HEAD + 96)
+    if finding.finding == "present":
+        pen.rectangle(box, fill=shade)
+    elif finding.finding == "absent":
+        pen.rectangle(box, outline=shade, width=2)
+    else:
+        left, top, right, bottom = box
+        _dashed(pen, [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], shade, 3)
+    words = _BLACK if finding.finding == "present" else shade
+    _line(pen, HEAD + 38, wording.verdict_line(finding), 50, words, WIDTH - 60)
+    _line(pen, HEAD + 102, wording.probability_line(finding), 27, _WHITE, WIDTH - 40)
+    _draw_scale(pen, finding, shade, palette)
 
 
-def _draw_scale(pen: ImageDraw.ImageDraw, finding: Finding, shade: _Colour) -> None:
-    """Draw 0 to 100 % as a bar: filled up to the probability, with a mark at the threshold."""
-    left, right, top, bottom = 212, 812, HEAD + 140, HEAD + 156
+def _draw_scale(pen: ImageDraw.ImageDraw, finding: Finding, shade: _Colour, palette: _Palette) -> None:
+    """Draw 0 to 100 % as a bar: filled up to the probability, a mark at the threshold, the undetermined band below."""
+    left, right, top, bottom = 212, 812, HEAD + 142, HEAD + 158
     pen.rectangle((left, top, right, bottom), outline=_GREY, width=1)
     reach = left + (right - left) * finding.probability
     pen.rectangle((left, top, reach, bottom), fill=shade)
     mark = left + (right - left) * finding.threshold
     pen.line((mark, top - 5, mark, bottom + 5), fill=_BLACK, width=5)
     pen.line((mark, top - 5, mark, bottom + 5), fill=_WHITE, width=3)
-    pen.text((left - 10, HEAD + 148), "0 %", font=_font(16), fill=_WHITE, anchor="rm")
-    pen.text((right + 10, HEAD + 148), "100 %", font=_font(16), fill=_WHITE, anchor="lm")
+    if finding.undetermined_band:
+        low, high = (left + (right - left) * edge for edge in finding.undetermined_band)
+        pen.rectangle((low, bottom + 8, max(high, low + 2), bottom + 11), fill=palette.undetermined)
+    pen.text((left - 10, HEAD + 150), "0 %", font=_font(16), fill=_WHITE, anchor="rm")
+    pen.text((right + 10, HEAD + 150), "100 %", font=_font(16), fill=_WHITE, anchor="lm")
 
 
 def _draw_refusal(pen: ImageDraw.ImageDraw, declined: Declined, palette: _Palette) -> None:
@@ -132,11 +148,16 @@ def _draw_view(
     image = view.image
     region = _around(view.crop, image)
     picture.paste(_grey(image.counts, region, _MAIN), (left, _TOP))
-    where = "outline: tissue found" if finding.finding == "present" else "outline: region analysed"
     line = [_onto(point, region, left, _TOP, _MAIN) for point in view.outline]
-    # A light line under the dark one, so that the outline is seen on black and on white alike.
-    pen.line(line, fill=_WHITE, width=5, joint="curve")
-    pen.line(line, fill=palette.outline, width=2, joint="curve")
+    if finding.finding == "present":
+        where = "outline: tissue found"
+        # A light line under the dark one, so that the outline is seen on black and on white alike.
+        pen.line(line, fill=_WHITE, width=5, joint="curve")
+        pen.line(line, fill=palette.outline, width=2, joint="curve")
+    else:
+        # Neither the colour nor the line of tissue: only where was looked.
+        where = "dashes: region analysed"
+        _dashed(pen, line, palette.box, 2)
     _foci(pen, finding, image, region, left)
     _frame(pen, left, _TOP, _MAIN)
     _sides(pen, image, left, _TOP, _MAIN)
@@ -195,7 +216,7 @@ def _draw_foot(pen: ImageDraw.ImageDraw, outcome: Finding | Declined, model: Mod
     lines.append((wording.REVIEW.upper().rstrip("."), 20, _WHITE))
     if model is not None:
         _, which, trained, *_ = wording.model_lines(model)
-        lines += [(trained, 17, _WHITE), (which, 15, _GREY)]
+        lines += [(trained, 17, _WHITE), (which, 15, _LIGHT)]
     height = sum(size + 5 for _, size, _ in lines)
     y = HEIGHT - FOOT - height
     for text, size, shade in lines:
@@ -291,6 +312,22 @@ def _sides(pen: ImageDraw.ImageDraw, image: ViewImage, left: int, top: int, side
         pen.text(
             (x, top + side / 2), text, font=_font(24), fill=_BLACK, anchor=anchor, stroke_width=2, stroke_fill=_WHITE
         )
+
+
+def _dashed(pen: ImageDraw.ImageDraw, line: list[tuple[float, float]], shade: _Colour, width: int) -> None:
+    """Draw a line of dashes as long as the gaps between them, which run on around its corners."""
+    gone = 0.0
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
+        length = math.hypot(x1 - x0, y1 - y0)
+        start = -(gone % (2 * _DASH))
+        while start < length:
+            a, b = max(start, 0.0), min(start + _DASH, length)
+            if b > a:
+                along = ((x1 - x0) / length, (y1 - y0) / length)
+                ends = (x0 + along[0] * a, y0 + along[1] * a, x0 + along[0] * b, y0 + along[1] * b)
+                pen.line(ends, fill=shade, width=width)
+            start += 2 * _DASH
+        gone += length
 
 
 def _line(pen: ImageDraw.ImageDraw, y: int, text: str, size: int, shade: _Colour, room: int) -> None:

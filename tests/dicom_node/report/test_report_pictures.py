@@ -40,14 +40,15 @@ def test_the_font_has_a_glyph_of_its_own_for_every_character_we_write():
 
 
 def test_text_is_drawn_at_the_size_it_is_shown_and_reads_in_grey(case):
-    """Full white beside the bare background: strokes of text that was scaled afterwards would be grey all over."""
+    """Black beside full white: strokes of text that was scaled afterwards would be grey all over."""
     for outcome in ("present", "absent", "undetermined", "low_counts"):
         made = case(outcome)
-        line = overlay.draw(made.outcome, made.context.model, colour=False)[120:175, 30:-30]
+        line = overlay.draw(made.outcome, made.context.model, colour=False)[120:170, 30:-30].astype(int)
         background = int(np.median(line))
-        assert background <= 70
-        between = ((line != background) & (line < 247)).sum()
-        assert between < (line >= 247).sum()
+        assert background in ({255} if outcome == "present" else {0, 70})
+        strokes = np.abs(line - background) >= 178
+        between = (np.abs(line - background) > 8) & ~strokes
+        assert between.sum() < strokes.sum()
 
 
 def test_the_verdicts_differ_in_grey_too(case):
@@ -57,6 +58,30 @@ def test_the_verdicts_differ_in_grey_too(case):
         for word in ("present", "absent", "undetermined")
     }
     assert len(words) == 3
+    # By shape as well: full, framed, and a broken frame.
+    drawn = {
+        word: overlay.draw(replace(outcome, finding=word), colour=False)[overlay.HEAD + 34 : overlay.HEAD + 97, 20:-19]
+        for word in ("present", "absent", "undetermined")
+    }
+    assert (drawn["present"] > 250).mean() > 0.7
+    assert (drawn["absent"] > 250).mean() < 0.3
+    assert (drawn["absent"][0] > 250).all()
+    assert 0.3 < (drawn["undetermined"][0] > 250).mean() < 0.7
+
+
+def test_only_tissue_that_was_found_is_drawn_like_tissue(case):
+    red = np.array(overlay._COLOUR.outline)
+    for outcome, has in (("present", True), ("absent", False), ("undetermined", False)):
+        picture = overlay.draw(case(outcome).outcome)
+        assert bool((picture == red).all(axis=2).any()) is has, outcome
+
+
+def test_the_undetermined_band_is_marked_below_the_scale(case):
+    outcome = case("absent").outcome
+    band = replace(outcome, undetermined_band=(0.25, 0.5))
+    changed = (overlay.draw(band) != overlay.draw(replace(outcome, undetermined_band=None))).any(axis=2)
+    columns = np.flatnonzero(changed[overlay.HEAD + 164 : overlay.HEAD + 170].any(axis=0))
+    assert (columns.min(), columns.max()) == (212 + 150, 212 + 300)
 
 
 @pytest.mark.parametrize("outcome", ["present", "absent", "undetermined", "low_counts"])
