@@ -19,7 +19,7 @@ from dicom_node import log
 from dicom_node.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, accepted_contexts
 from dicom_node.errors import RemnantError
 from dicom_node.part10 import part_10_header
-from dicom_node.transport import C_STORE_RQ, Limits, Peer, Refusal, Request, Server, Service, listen
+from dicom_node.transport import C_STORE_RQ, Door, Limits, Peer, Refusal, Request, Server, Service, listen
 from dicom_node.uids import valid_uid
 
 _SUCCESS = 0x0000
@@ -65,7 +65,7 @@ class Archive:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._read_folder()
-            self._server = listen((self.host, self.port), self._service())
+            self._server = listen([Door((self.host, self.port))], self._service())
         except OSError as error:
             raise RemnantError(
                 f"The embedded archive cannot start in {self._directory}, {self.host} port {self.port}: "

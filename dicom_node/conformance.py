@@ -281,9 +281,10 @@ def _rest() -> list[str]:
         "## 5. Security",
         "",
         *_text(
-            "TLS (the secure transport profiles of PS3.15 annex B) is not built: put the node into the network of the",
-            "cameras and archives, or behind a tunnel. Admission is by AE title and address, which is",
-            "no authentication.",
+            "As a receiver, by setting, the BCP 195 RFC 8996, 9325 TLS Secure Transport Connection Profile (PS3.15 B.12) on",
+            "a port of its own, with certificates on both sides: TLS 1.2 and 1.3, ECDHE with AES-GCM or ChaCha20-Poly1305.",
+            "The certificate has to fit the calling AE title. On a plain port admission is by AE title and address, which",
+            "is no authentication. Results are sent without TLS.",
             "Patient identity stands in the spool, the worklist database and the results, never in logs or file names.",
             "De-identification is not done.",
         )[:-1],

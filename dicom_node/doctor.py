@@ -4,10 +4,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from dicom_node import worklist
+from dicom_node import tls, worklist
 from dicom_node.contexts import REPORT_CHAIN, RESULT_CLASSES
 from dicom_node.errors import RemnantError
 from dicom_node.sender import Peer, accepted_classes, echo
@@ -15,6 +16,8 @@ from dicom_node.service import check_release, load_record
 from dicom_node.settings import Destination, Settings
 
 ECHO_TIMEOUT_S = 5.0
+RENEW = timedelta(days=30)
+"""Time left of our certificate below which it is to be renewed; of a short-lived one, a third of its life."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,20 @@ def _disk(settings: Settings) -> tuple[bool, str]:
     return free > int(settings.storage.min_free), text
 
 
+def check_tls(settings: Settings) -> tuple[bool, str]:
+    """Say whose our certificate is and how long it lasts. Raises SettingsError where no peer would take it."""
+    if not settings.tls.on:
+        return True, "off: whoever listens on the network reads patients' names"
+    now = datetime.now(UTC)
+    tls.refuse_unfit(settings.tls, now)
+    own = tls.own_certificate(settings.tls)
+    left = own.valid_until - now
+    text = f"{own.subject}, valid until {own.valid_until:%Y-%m-%d}, in {left.days} days"
+    if left < min(RENEW, (own.valid_until - own.valid_from) / 3):
+        return False, f"{text}: renew it, or callers will refuse it"
+    return True, text + ("" if settings.tls.plain else "; no plain port")
+
+
 def _database(settings: Settings) -> tuple[bool, str]:
     url = settings.database_url
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
@@ -172,6 +189,7 @@ _LOOKS: tuple[tuple[str, Callable[[Settings], tuple[bool, str]]], ...] = (
     ("packages", _packages),
     ("disk", _disk),
     ("database", _database),
+    ("TLS", check_tls),
     ("weights", _weights),
     ("release", _release),
 )

@@ -19,7 +19,8 @@ from dicom_node.errors import RemnantError
 from dicom_node.part10 import part_10_header
 from dicom_node.settings import Settings, Source
 from dicom_node.spool import Spool
-from dicom_node.transport import C_STORE_RQ, Limits, Peer, Refusal, Request, Server, Service, listen
+from dicom_node.tls import server_context
+from dicom_node.transport import C_STORE_RQ, Door, Limits, Peer, Refusal, Request, Server, Service, listen
 from dicom_node.uids import valid_uid
 from dicom_node.wake import Bell
 from pipeline.views import UnreadableHeader, header_facts
@@ -35,6 +36,7 @@ HEADER_LIMIT = 256 * 1024
 
 # PS3.8 table 9-21: rejected for good, by the service user.
 _UNKNOWN_CALLING = Refusal(1, 1, 3, "calling AE title and address are not those of a source")
+_TLS_ONLY = Refusal(1, 1, 3, "this source may call over TLS only")
 _UNKNOWN_CALLED = Refusal(1, 1, 7, "unknown called AE title")
 
 _STOP_S = 9.0  # below the time after which `serve` kills a role
@@ -60,9 +62,12 @@ class Receiver:
         self._server: Server | None = None
 
     def start(self) -> tuple[str, int]:
-        """Listen; return the address really bound. Raises RemnantError where it cannot be."""
-        address = (self._settings.listen_host, self._settings.node.port)
-        if address[0] != self._settings.node.host:
+        """Listen; return the address really bound, of the plain port if there is one. Raises RemnantError."""
+        tls, host = self._settings.tls, self._settings.listen_host
+        doors = [Door((host, self._settings.node.port))] if tls.plain else []
+        if tls.on:
+            doors.append(Door((host, tls.port), server_context(tls)))
+        if host != self._settings.node.host:
             _log.warning("listening_on_loopback_only", why="no [[sources]] is configured")
         receiver = self._settings.receiver
         service = Service(
@@ -79,15 +84,23 @@ class Receiver:
             handlers={C_STORE_RQ: self._on_store},
         )
         try:
-            self._server = server = listen(address, service)
+            self._server = server = listen(doors, service)
         except OSError as error:
+            ports = " and ".join(str(door.address[1]) for door in doors)
             raise RemnantError(
-                f"The receiver cannot listen on {address[0]} port {address[1]}: {error.strerror or error}.",
-                hint="Is another node running? Choose another [node] port.",
+                f"The receiver cannot listen on {host} port {ports}: {error.strerror or error}.",
+                hint=f"Is another node running? Choose another [node] port{' or [tls] port' if tls.on else ''}.",
             ) from error
-        host, port = server.address
-        _log.info("listening", host=host, port=port, ae_title=self._settings.node.ae_title)
-        return host, port
+        for door, (bound, port) in zip(doors, server.addresses, strict=True):
+            _log.info(
+                "listening", host=bound, port=port, tls=door.tls is not None, ae_title=self._settings.node.ae_title
+            )
+        return server.address
+
+    @property
+    def tls_port(self) -> int | None:
+        """The port really bound for TLS, while there is one."""
+        return self._server.addresses[-1][1] if self._server is not None and self._settings.tls.on else None
 
     def stop(self) -> None:
         """Stop accepting, let a C-STORE under way come to its status, abort what remains: within about 10 s."""
@@ -97,9 +110,7 @@ class Receiver:
     def _admit(self, peer: Peer) -> Refusal | None:
         if peer.called_ae_title != self._settings.node.ae_title:
             return _UNKNOWN_CALLED
-        if not admitted(self._settings.sources, peer.calling_ae_title, peer.address):
-            return _UNKNOWN_CALLING
-        return None
+        return refusal(self._settings.sources, peer)
 
     def _on_store(self, request: Request) -> int:
         """Take one object (PS3.4 B.2.3); return the status."""
@@ -155,15 +166,25 @@ class Receiver:
         return SUCCESS, {"scan": receipt.scan_id, "state": receipt.state, "new": receipt.new}
 
 
-def admitted(sources: tuple[Source, ...], calling: str, address: str) -> bool:
-    """Say whether a peer may send: one of the sources by AE title and address; without any source, loopback only."""
-    peer = ip_address(address.split("%", 1)[0])
-    if peer.version == 6 and peer.ipv4_mapped:
-        peer = peer.ipv4_mapped
+def refusal(sources: tuple[Source, ...], peer: Peer) -> Refusal | None:
+    """Say why a peer may not send; None for one of the sources, by AE title, address and, over TLS, certificate.
+
+    Without any source: loopback only.
+    """
+    address = ip_address(peer.address)
     if not sources:
-        return peer.is_loopback
-    return any(
-        source.ae_title == calling
-        and (not source.hosts or any(peer in ip_network(host, strict=False) for host in source.hosts))
+        return None if address.is_loopback else _UNKNOWN_CALLING
+    called_so = [
+        source
         for source in sources
-    )
+        if source.ae_title == peer.calling_ae_title
+        and (not source.hosts or any(address in ip_network(host, strict=False) for host in source.hosts))
+    ]
+    if not called_so:
+        return _UNKNOWN_CALLING
+    if peer.certificate is None:
+        return _TLS_ONLY if all(source.tls for source in called_so) else None
+    names = {name for source in called_so for name in source.certificates or (source.ae_title,)}
+    if not any(peer.certificate.is_called(name) for name in names):
+        return Refusal(1, 1, 3, f"the certificate is not one of this source's: {peer.certificate}")
+    return None

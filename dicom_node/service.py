@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sqlalchemy import Engine
 
-from dicom_node import log, quarantine, reconcile, spool, worklist
+from dicom_node import log, quarantine, reconcile, spool, tls, worklist
 from dicom_node.errors import RemnantError, SettingsError
 from dicom_node.settings import Settings
 from dicom_node.spool import Spool
@@ -112,11 +112,14 @@ def run_receiver(settings: Settings, *, supervised: bool) -> None:
     from dicom_node.receiver import Receiver
     from dicom_node.wake import Bell
 
+    if not supervised:  # what ran must not stay down because a certificate has expired: plain sources may still call
+        tls.refuse_unfit(settings.tls)
     with _role("receive", settings, supervised=supervised) as (house, stop):
         _clear_unfinished(house, house.spool.incoming)
         receiver = Receiver(settings, house.engine, house.spool, Bell(house.spool.run / "worker.bell"))
         host, port = receiver.start()
-        _announce(house.spool, "receive", host=host, port=port)
+        secured = {"tls_port": receiver.tls_port} if settings.tls.on else {}
+        _announce(house.spool, "receive", host=host, port=port, **secured)
         _wait(stop)
         receiver.stop()
 
@@ -163,6 +166,7 @@ RUN: dict[Role, Callable[..., None]] = {"receive": run_receiver, "work": run_wor
 def serve(settings: Settings, config: Path | None) -> None:
     """Run the node: all three roles as processes, each started again when it ends, until a signal."""
     check_release(settings, load_record(settings))
+    tls.refuse_unfit(settings.tls)
     house = open_house(settings)  # once, so that three roles do not race to upgrade the schema, and faults show here
     refuse_damage(house.engine)
     house.engine.dispose()

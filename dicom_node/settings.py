@@ -165,6 +165,11 @@ class Source(_Section):
     """Its calling AE title."""
     hosts: tuple[Address, ...] = ()
     """Addresses or networks it may call from; empty: any."""
+    certificates: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Over TLS, whose certificate it shows: common or alternative names, or SHA-256 fingerprints; one of them must be
+    its own. Empty: the certificate must bear the AE title as a name. Being signed by an authority is not enough."""
+    tls: bool = False
+    """True: it must call over TLS, and is refused on the plain port."""
     port: Port = 104
     """Its own port, used only to report commitments."""
     commitment: Annotated[Literal["off", "proxy"], _not_built("off")] = "off"
@@ -244,16 +249,23 @@ class ModelChoice(_Section):
 
 
 class TLS(_Section):
-    """Encryption. Not built yet: a certificate here is refused rather than ignored."""
+    """Encryption with certificates on both sides: TLS 1.2 or newer, PS3.15 B.12. Omitted: plain only."""
 
-    port: Port = 2762
+    port: ListenPort = 2762
     """Port of the encrypted receiver; 2762 is the registered one."""
-    certificate: Annotated[str, _not_built("")] = ""
-    """PEM file of our certificate."""
-    key: Annotated[str, _not_built("")] = ""
-    """PEM file of its key."""
-    authorities: Annotated[str, _not_built("")] = ""
-    """PEM file of the authorities whose certificates we accept."""
+    certificate: str = ""
+    """PEM file of our certificate, and behind it those between it and its authority. Empty: no TLS."""
+    key: str = ""
+    """PEM file of its key, without a pass phrase; refused where every user of the machine may read it."""
+    authorities: str = ""
+    """PEM file of the authorities whose certificates we accept; a self-signed certificate stands for itself."""
+    plain: bool = True
+    """False: there is no plain port, and every source must call over TLS."""
+
+    @property
+    def on(self) -> bool:
+        """Whether there is TLS."""
+        return bool(self.certificate)
 
 
 class Audit(_Section):
@@ -324,6 +336,19 @@ class Settings(BaseSettings):
         names = [destination.name for destination in self.destinations]
         if len(set(names)) < len(names):
             raise ValueError("destinations: two of them have the same name")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "Settings":
+        files = {name: getattr(self.tls, name) for name in ("certificate", "key", "authorities")}
+        missing = [f"tls.{name}" for name, path in files.items() if not path]
+        if missing and len(missing) < len(files):
+            raise ValueError(f"TLS needs {' and '.join(missing)} too")
+        if missing and not self.tls.plain:
+            raise ValueError("tls.plain = false leaves no port to call; TLS needs tls.certificate, key and authorities")
+        for number, source in enumerate(self.sources):
+            if missing and (source.tls or source.certificates):
+                raise ValueError(f"sources.{number} asks for TLS, and the section [tls] has no certificate")
         return self
 
     @property

@@ -1,10 +1,14 @@
-"""Settings of the whole suite, and the one fixture for programs that are not ours."""
+"""Settings of the whole suite, and what all its parts need: programs that are not ours, and certificates."""
 
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pydicom.config
 import pytest
@@ -30,3 +34,104 @@ def peer() -> Callable[[str], Path]:
         return Path(found)
 
     return find
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Files of a certificate, its key, and the authority that signed it; PEM, readable by us alone."""
+
+    certificate: Path
+    key: Path
+    authority: Path
+
+
+class Authority:
+    """Signs certificates into a folder; nothing of it outlives the test."""
+
+    def __init__(self, folder: Path, name: str = "Test authority") -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder = folder
+        self._key, self._name = _new_key("ec"), name
+        self.file = folder / f"{name.replace(' ', '-')}.pem"
+        self._certificate = _signed(name, self._key, None, self._key, authority=True)
+        _write(self.file, self._certificate)
+
+    def sign(self, name: str, *, kind: str = "ec", **how: Any) -> Pair:
+        """Make a pair for a common name. kind: "ec", "rsa" or "weak"; for `how` see `_signed`."""
+        key = _new_key(kind)
+        stem = self._folder / f"{name}-{len(list(self._folder.iterdir()))}"
+        pair = Pair(stem.with_suffix(".pem"), stem.with_suffix(".key"), self.file)
+        _write(pair.certificate, _signed(name, key, self._certificate, self._key, **how))
+        _write(pair.key, key)
+        return pair
+
+
+def _new_key(kind: str) -> Any:
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    if kind == "ec":
+        return ec.generate_private_key(ec.SECP256R1())
+    return rsa.generate_private_key(65537, 1024 if kind == "weak" else 2048)
+
+
+def _signed(
+    name: str,
+    key: Any,
+    issuer: Any,
+    issuer_key: Any,
+    *,
+    authority: bool = False,
+    days: tuple[float, float] = (-1, 90),
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost"),
+    uses: tuple[str, ...] = ("SERVER_AUTH", "CLIENT_AUTH"),
+) -> Any:
+    """Return a certificate, valid from and until so many days from now."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer.subject if issuer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + timedelta(days=days[0]))
+        .not_valid_after(now + timedelta(days=days[1]))
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+    )
+    if not authority:
+        names = [
+            x509.IPAddress(ip_address(host)) if host[0].isdigit() else x509.DNSName(host) for host in hosts if host
+        ]
+        oids = [getattr(x509.ExtendedKeyUsageOID, use) for use in uses]
+        builder = builder.add_extension(x509.ExtendedKeyUsage(oids), critical=False)
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(issuer_key, hashes.SHA256())
+
+
+def _write(path: Path, what: Any) -> None:
+    from cryptography.hazmat.primitives import serialization as form
+
+    if hasattr(what, "private_bytes"):
+        data = what.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+    else:
+        data = what.public_bytes(form.Encoding.PEM)
+    path.write_bytes(data)
+    path.chmod(0o600)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The authority that both ends know."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """An authority that nobody knows."""
+    return Authority(tmp_path_factory.mktemp("stranger"), "Unknown authority")

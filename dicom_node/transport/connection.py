@@ -6,6 +6,7 @@ wrong ends its own association, by A-ABORT where the standard asks for one, and 
 """
 
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -28,6 +29,7 @@ from dicom_node.transport.negotiation import (
     accept,
     read_request,
 )
+from dicom_node.transport.secure import HANDSHAKE, Certificate, certificate_of, why
 from dicom_node.transport.states import Action, Event, State, step
 
 _REQUEST_LIMIT = 256 * 1024
@@ -52,6 +54,8 @@ _FIXED_LENGTH = 4
 # Source and reason of an A-ABORT: PS3.8 table 9-26.
 _BY_USER = (0, 0)
 _UNRECOGNISED_PDU, _UNEXPECTED_PDU, _INVALID_VALUE = 1, 2, 6
+
+_NOT_TLS = "what it says is not TLS"
 
 _MESSAGE_GRACE_S = 60.0
 _MESSAGE_BYTES_PER_S = 64 * 1024
@@ -80,11 +84,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who called, and whom. AE titles without padding."""
+    """Who called, and whom. AE titles without padding. certificate: verified, None on a plain connection."""
 
     address: str
     calling_ae_title: str
     called_ae_title: str
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +126,7 @@ class Service:
     """What the called side offers.
 
     `admit` decides on a peer, `handlers` map a Command Field to what answers it with a status (C-ECHO is answered
-    without one), `secure` wraps a connected socket for TLS without shaking hands: the first read does that, in
-    the connection's own thread and under its deadline.
+    without one).
     """
 
     contexts: Sequence[PresentationContext]
@@ -131,7 +135,6 @@ class Service:
     limits: Limits
     admit: Callable[[Peer], Refusal | None]
     handlers: Mapping[int, Callable[[Request], int]]
-    secure: Callable[[socket.socket], socket.socket] | None = None
 
 
 class House(Protocol):
@@ -173,11 +176,13 @@ class _Overdue(Exception):  # noqa: N818 - an event too
 class Connection:
     """A peer's connection; `run` serves it to its end, `hush` and `cut` end it from another thread."""
 
-    def __init__(self, stream: socket.socket, address: str, house: House) -> None:
+    def __init__(self, stream: socket.socket, address: str, house: House, tls: ssl.SSLContext | None = None) -> None:
         self.address = _plain(address)
         self.peer: Peer | None = None
         self.thread: threading.Thread | None = None
         self._stream = stream
+        self._tls = tls
+        self._certificate: Certificate | None = None
         self._house = house
         self._service = house.service
         self._limits = house.service.limits
@@ -211,14 +216,16 @@ class Connection:
 
     def _shut(self, how: int) -> None:
         with suppress(OSError):  # the peer was faster
-            self._stream.shutdown(how)
+            # Not the stream's own: SSLSocket.shutdown drops the encryption, and an A-ABORT would go out in clear.
+            socket.socket.shutdown(self._stream, how)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serve the connection; returns when it is closed. Raises nothing that a peer can cause."""
         try:
-            self._happen(Event.CONNECTED)
+            if self._tls is None or self._shake_hands(self._tls):
+                self._happen(Event.CONNECTED)
             while self._state is not State.IDLE:
                 event, content = self._next()
                 self._happen(event, content)
@@ -228,7 +235,7 @@ class Connection:
         finally:
             with self._lock:
                 self._open = False
-                self._stream.close()
+                self._close()
             self._inbox.clear()
             if self._fault and not self._house.stopping:
                 calling = self.peer.calling_ae_title if self.peer else ""
@@ -242,8 +249,6 @@ class Connection:
             # Before the last word is sent: whoever hears it may call again at once, and finds the place free.
             self._may_wait = self._house.part(self)
         match action, content:
-            case Action.AWAIT_REQUEST, _:
-                self._secure()
             case Action.DECIDE, AssociationRequest() as request:
                 self._decide(request)
             case Action.SEND_ACCEPT, AssociationRequest() as request:
@@ -270,19 +275,58 @@ class Connection:
                 self._fault = "the peer closed without a release"
             case Action.NOTE_GONE, _ if self._received:
                 self._fault = "the peer closed before it asked for an association"
-            case ((Action.NOTE_GONE | Action.CLOSE | Action.NOTE_CLOSED), _):
-                pass  # `run` closes
+            case ((Action.AWAIT_REQUEST | Action.NOTE_GONE | Action.CLOSE | Action.NOTE_CLOSED), _):
+                pass  # `run` reads on, or closes
             case _:
                 raise TypeError(f"{action.name} with {type(content).__name__}")
 
-    def _secure(self) -> None:
-        if self._service.secure is not None:
+    def _shake_hands(self, tls: ssl.SSLContext) -> bool:
+        """Begin TLS (PS3.15 B.12), within the time that an association has; whether there is one now."""
+        try:
+            self._stream.settimeout(self._limits.association_s)
+            first = self._stream.recv(1, socket.MSG_PEEK)
+            if not first:
+                return False
+            if first[0] != HANDSHAKE:
+                self._refuse_tls("it speaks plain DICOM on the TLS port" if first[0] == _REQUEST else _NOT_TLS)
+                return False
             with self._lock:
-                self._stream = self._service.secure(self._stream)
+                self._stream = secured = tls.wrap_socket(self._stream, server_side=True, do_handshake_on_connect=False)
+            secured.settimeout(max(self._began + self._limits.association_s - time.monotonic(), 0.001))
+            secured.do_handshake()
+            self._certificate = certificate_of(secured)
+            # The caller's last word of the handshake is acknowledged now: many hold their request back until it is, and
+            # the kernel would wait 40 ms for something of ours to send it with.
+            secured.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        except OSError as error:
+            self._refuse_tls(why(error))
+            if isinstance(error, ssl.SSLError):
+                self._let_the_alert_arrive()
+            return False
+        return True
+
+    def _refuse_tls(self, why: str) -> None:
+        if not self._house.stopping:
+            self._house.report("tls_refused", address=self.address, why=why)
+
+    def _let_the_alert_arrive(self) -> None:
+        """Closing while something is unread resets the connection, and the peer would never learn what it did wrong."""
+        self._may_wait = self._house.part(self)
+        with self._lock, suppress(OSError):
+            self._stream = socket.socket(fileno=self._stream.detach())
+            self._stream.shutdown(socket.SHUT_WR)
+        self._farewell()
+
+    def _close(self) -> None:
+        if isinstance(self._stream, ssl.SSLSocket):
+            with suppress(OSError, ValueError):  # the peer has gone, or has nothing to close
+                self._stream.settimeout(0)
+                self._stream.unwrap()  # says that nothing follows, and does not wait for the peer to say so
+        self._stream.close()
 
     def _decide(self, request: AssociationRequest) -> None:
         """AE-6: admit or reject, with the reason for the peer and for the log."""
-        peer = Peer(self.address, request.calling_ae_title, request.called_ae_title)
+        peer = Peer(self.address, request.calling_ae_title, request.called_ae_title, self._certificate)
         self.peer = peer
         if self._speaks_out_of_turn():
             return
@@ -307,7 +351,7 @@ class Connection:
 
     def _speaks_out_of_turn(self) -> bool:
         """Whether the peer sent more before it had our answer, which nobody may (Sta3): then that decides."""
-        if self._service.secure is not None:
+        if self._tls is not None:
             return False  # behind TLS nobody can look without reading
         self._stream.setblocking(False)
         try:
@@ -369,6 +413,8 @@ class Connection:
             deadline = self._began + self._limits.association_s
         self._fill(header[filled:], deadline)
         kind, length = header[0], int.from_bytes(header[2:6], "big")
+        if kind == HANDSHAKE and self._tls is None and self._state is State.AWAIT_REQUEST:
+            raise _Invalid(_UNRECOGNISED_PDU, "it speaks TLS on the plain port")
         if kind not in _EVENTS:
             raise _Invalid(_UNRECOGNISED_PDU, f"PDU type {kind:02X} is none")
         if length > _LIMITS.get(kind, _FIXED_LENGTH):

@@ -1,16 +1,20 @@
-"""The listening socket, and the account of who is connected.
+"""The listening sockets, and the one account of who is connected.
 
-One thread accepts and does nothing else; each connection runs in its own. Three counts bound them: associations, those
-of one address or one AE title, and connections that are no association yet. The last are not refused but replaced,
-oldest first and from the address that has most of them, so that silent connections cannot keep an honest one out.
+A thread for each door accepts and does nothing else; each connection runs in its own, its TLS handshake included. Three
+counts bound them: associations, those of one address or one AE title, and connections that are no association yet. The
+last are not refused but replaced, oldest first and from the address that has most of them, so that silent connections
+cannot keep an honest one out.
 """
 
 import errno
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from dicom_node import log
 from dicom_node.transport.connection import TOO_MANY, TOO_MANY_OF_ONE, Connection, Peer, Refusal, Service
@@ -28,14 +32,22 @@ _BREATH_S = 0.05
 _log = log.get("transport")
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """An address to listen on; with a context, for TLS alone."""
+
+    address: tuple[str, int]
+    tls: ssl.SSLContext | None = None
+
+
 class Server:
     """Accepts connections from `listen` until `stop`."""
 
-    def __init__(self, listener: socket.socket, service: Service) -> None:
+    def __init__(self, listeners: Sequence[tuple[socket.socket, ssl.SSLContext | None]], service: Service) -> None:
         self.service = service
         self.memory = Memory(service.limits.memory_bytes)
         self.stopping = False
-        self._listener = listener
+        self._listeners = tuple(listener for listener, _ in listeners)
         self._lock = threading.Lock()
         self._waiting: dict[Connection, None] = {}
         self._associations: dict[Connection, Peer] = {}
@@ -46,13 +58,20 @@ class Server:
         self._lines_at = time.monotonic()
         self._unsaid = 0
         self._breath = threading.Event()
-        self._acceptor = threading.Thread(target=self._accept, name="acceptor", daemon=True)
+        self._acceptors = [
+            threading.Thread(target=self._accept, args=door, name="acceptor", daemon=True) for door in listeners
+        ]
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port really bound."""
-        host, port = self._listener.getsockname()[:2]
-        return str(host), int(port)
+        """Host and port really bound, of the first door."""
+        return self.addresses[0]
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Host and port really bound, of every door."""
+        names = [listener.getsockname() for listener in self._listeners]
+        return tuple((str(name[0]), int(name[1])) for name in names)
 
     @property
     def associations(self) -> int:
@@ -67,7 +86,8 @@ class Server:
 
     def start(self) -> None:
         """Begin to accept."""
-        self._acceptor.start()
+        for acceptor in self._acceptors:
+            acceptor.start()
 
     def stop(self, limit_s: float = 10.0) -> None:
         """Accept no more; abort what waits, let a message under way come to its status, and cut what takes longer.
@@ -76,11 +96,13 @@ class Server:
         """
         with self._lock:
             self.stopping = True
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which closing would not
+        for listener in self._listeners:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which closing would not
         self._breath.set()
-        self._acceptor.join()
-        self._listener.close()
+        for acceptor, listener in zip(self._acceptors, self._listeners, strict=True):
+            acceptor.join()
+            listener.close()
         with self._lock:
             open_ones = [*self._waiting, *self._associations, *self._parting]
         for connection in open_ones:
@@ -133,12 +155,12 @@ class Server:
             unsaid, self._unsaid = self._unsaid, 0
         _log.warning(event, **fields, **({"lines_left_out": unsaid} if unsaid else {}))
 
-    # --- the accepting thread -----------------------------------------------------------------------------------------
+    # --- the accepting threads ----------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         while True:
             try:
-                stream, address = self._listener.accept()
+                stream, address = listener.accept()
             except OSError as error:
                 if self.stopping:
                     return
@@ -147,12 +169,12 @@ class Server:
                     self._make_room()
                     self._breath.wait(_BREATH_S)
                 continue
-            self._begin(stream, str(address[0]))
+            self._begin(stream, str(address[0]), tls)
 
-    def _begin(self, stream: socket.socket, address: str) -> None:
+    def _begin(self, stream: socket.socket, address: str, tls: ssl.SSLContext | None) -> None:
         with suppress(OSError):  # it may be gone already
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = Connection(stream, address, self)
+        connection = Connection(stream, address, self, tls)
         connection.thread = threading.Thread(target=self._serve, args=(connection,), name="connection", daemon=True)
         with self._lock:
             full = len(self._waiting) >= self.service.limits.waiting
@@ -193,8 +215,22 @@ class Server:
                     del counter[key]
 
 
-def listen(address: tuple[str, int], service: Service) -> Server:
-    """Start to accept associations; return the server. Raises OSError where the address cannot be bound."""
+def listen(doors: Sequence[Door], service: Service) -> Server:
+    """Start to accept associations; return the server. Raises OSError where an address cannot be bound."""
+    listeners: list[tuple[socket.socket, ssl.SSLContext | None]] = []
+    try:
+        for door in doors:
+            listeners.append((_bound(door.address), door.tls))
+    except OSError:
+        for listener, _ in listeners:
+            listener.close()
+        raise
+    server = Server(listeners, service)
+    server.start()
+    return server
+
+
+def _bound(address: tuple[str, int]) -> socket.socket:
     family, kind, protocol, _, bound = socket.getaddrinfo(
         address[0], address[1], type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -210,9 +246,7 @@ def listen(address: tuple[str, int], service: Service) -> Server:
     except OSError:
         listener.close()
         raise
-    server = Server(listener, service)
-    server.start()
-    return server
+    return listener
 
 
 def _joined(connections: list[Connection], limit_s: float) -> bool:

@@ -32,9 +32,11 @@ from sqlalchemy import Engine
 
 from dicom_node import spool, worklist
 from dicom_node.errors import RemnantError
-from dicom_node.receiver import Receiver, admitted
+from dicom_node.receiver import Receiver, refusal
 from dicom_node.settings import Settings, Source
 from dicom_node.spool import Spool
+from dicom_node.transport import Peer
+from dicom_node.transport.connection import _plain
 from dicom_node.wake import Bell
 from pipeline.camera import examination, expose, foreign
 from pipeline.phantom import phantom
@@ -439,7 +441,7 @@ def sources(*hosts: str) -> tuple[Source, ...]:
 def test_a_peer_is_admitted_by_name_and_address(
     configured: tuple[Source, ...], calling: str, address: str, expected: bool
 ) -> None:
-    assert admitted(configured, calling, address) is expected
+    assert (refusal(configured, Peer(_plain(address), calling, "REMNANT")) is None) is expected
 
 
 # --- a process of its own ---------------------------------------------------------------------------------------------

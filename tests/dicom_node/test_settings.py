@@ -191,6 +191,11 @@ def test_the_example_of_the_contract_loads() -> None:
         ('[analysis]\npreprocessing = "fast"\n', "analysis.preprocessing: "),
         ('[codes]\nRMN013 = ["1", "99SITE", "x"]\n', "codes: RMN013 is not a code of ours"),
         ('[codes]\nRMN001 = ["1", "99SITE"]\n', "codes.RMN001"),
+        ('[tls]\ncertificate = "node.pem"\n', "TLS needs tls.key and tls.authorities too"),
+        ('[tls]\nkey = "node.key"\nauthorities = "ca.pem"\n', "TLS needs tls.certificate too"),
+        ("[tls]\nplain = false\n", "tls.plain = false leaves no port to call"),
+        (SOURCE + "tls = true\n", "sources.0 asks for TLS, and the section [tls] has no certificate"),
+        (SOURCE + 'certificates = ["camera"]\n', "sources.0 asks for TLS"),
         (DESTINATION + 'results = ["seg"]\n', 'destinations.0.results: a segmentation needs "sr" or "sc" beside it'),
     ],
 )
@@ -207,9 +212,6 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(text: str, named: 
         (DESTINATION + "tls = true\n", "destinations.0.tls"),
         (DESTINATION + "storage_commitment = true\n", "destinations.0.storage_commitment"),
         (SOURCE + 'commitment = "proxy"\n', "sources.0.commitment"),
-        ('[tls]\ncertificate = "node.pem"\n', "tls.certificate"),
-        ('[tls]\nkey = "node.key"\n', "tls.key"),
-        ('[tls]\nauthorities = "ca.pem"\n', "tls.authorities"),
     ],
 )
 def test_what_is_not_built_is_refused_rather_than_ignored(text: str, key: str) -> None:

@@ -1,7 +1,11 @@
-"""The called side on real sockets: who is slow, silent, wrong or hostile is cut, and others are served meanwhile."""
+"""The called side on real sockets: who is slow, silent, wrong or hostile is cut, and others are served meanwhile.
+
+What takes the fixtures `server` and `hasty` holds on a plain port and, within the encryption, on one for TLS.
+"""
 
 import random
 import socket
+import ssl
 import struct
 import subprocess
 import threading
@@ -11,13 +15,15 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 from pynetdicom import AE, build_context
 from structlog.testing import capture_logs
 
-from dicom_node import transport
-from dicom_node.transport import C_STORE_RQ, Limits, Peer, Refusal, Request, Server, Service
+from dicom_node import tls, transport
+from dicom_node.settings import TLS
+from dicom_node.transport import C_STORE_RQ, Door, Limits, Peer, Refusal, Request, Server, Service
 
 VERIFICATION = "1.2.840.10008.1.1"
 NM = "1.2.840.10008.5.1.4.1.1.20"
@@ -45,8 +51,21 @@ class Desk:
         return 0
 
 
+CALLERS: WeakKeyDictionary[Server, ssl.SSLContext] = WeakKeyDictionary()
+"""What a peer of a server encrypts with, where that server speaks TLS."""
+
+
+@pytest.fixture(scope="session", params=["plain", "tls"])
+def secured(request: pytest.FixtureRequest) -> TLS | None:
+    """Settings of both ends' encryption; they share a certificate here."""
+    if request.param == "plain":
+        return None
+    pair = request.getfixturevalue("authority").sign("BOTH")
+    return TLS(certificate=str(pair.certificate), key=str(pair.key), authorities=str(pair.authority))
+
+
 @contextmanager
-def serving(limits: Limits, desk: Desk | None = None) -> Iterator[Server]:
+def serving(limits: Limits, desk: Desk | None = None, secured: TLS | None = None) -> Iterator[Server]:
     def admit(peer: Peer) -> Refusal | None:
         return REFUSED if peer.calling_ae_title == "STRANGER" else None
 
@@ -58,7 +77,9 @@ def serving(limits: Limits, desk: Desk | None = None) -> Iterator[Server]:
         admit=admit,
         handlers={C_STORE_RQ: (desk or Desk()).store},
     )
-    server = transport.listen(("127.0.0.1", 0), service)
+    server = transport.listen([Door(("127.0.0.1", 0), tls.server_context(secured) if secured else None)], service)
+    if secured:
+        CALLERS[server] = tls.client_context(secured)
     try:
         yield server
     finally:
@@ -66,14 +87,20 @@ def serving(limits: Limits, desk: Desk | None = None) -> Iterator[Server]:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with serving(PATIENT) as started:
+def server(secured: TLS | None) -> Iterator[Server]:
+    with serving(PATIENT, secured=secured) as started:
         yield started
 
 
 @pytest.fixture
-def hasty() -> Iterator[Server]:
-    with serving(HASTY) as started:
+def hasty(secured: TLS | None) -> Iterator[Server]:
+    with serving(HASTY, secured=secured) as started:
+        yield started
+
+
+@pytest.fixture
+def plain() -> Iterator[Server]:
+    with serving(PATIENT) as started:
         yield started
 
 
@@ -166,7 +193,11 @@ class Line:
 @contextmanager
 def line(server: Server) -> Iterator[Line]:
     with closing(socket.create_connection(server.address, timeout=20)) as stream:
-        yield Line(stream)
+        if server not in CALLERS:
+            yield Line(stream)
+            return
+        with closing(CALLERS[server].wrap_socket(stream, server_hostname="127.0.0.1")) as encrypted:
+            yield Line(encrypted)
 
 
 def echo(server: Server) -> bool:
@@ -184,25 +215,30 @@ def echo(server: Server) -> bool:
 def test_pynetdicom_echoes_and_releases(server: Server) -> None:
     ae = AE(ae_title="CAMERA")
     ae.add_requested_context(VERIFICATION)
-    assoc = ae.associate(*server.address, ae_title="REMNANT")
+    called = (CALLERS[server], "127.0.0.1") if server in CALLERS else None
+    assoc = ae.associate(*server.address, ae_title="REMNANT", tls_args=called)
     assert [assoc.send_c_echo().Status for _ in range(3)] == [0, 0, 0]
     assoc.release()
     assert assoc.is_released
     assert until(lambda: not server.connections)
 
 
-def test_dcmtk_echoes_with_every_context_it_has(server: Server, peer: Callable[[str], Path]) -> None:
+def test_dcmtk_echoes_with_every_context_it_has(
+    server: Server, secured: TLS | None, peer: Callable[[str], Path]
+) -> None:
     command = [str(peer("/usr/bin/echoscu")), "-v", "--propose-pc", "128", "--repeat", "3"]
+    if secured:
+        command += ["+tls", secured.key, secured.certificate, "+cf", secured.authorities]
     done = subprocess.run(
         [*command, "127.0.0.1", str(server.address[1])], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_a_data_set_in_many_fragments_comes_whole() -> None:
+def test_a_data_set_in_many_fragments_comes_whole(secured: TLS | None) -> None:
     desk = Desk()
     data = bytes(range(256)) * 400
-    with serving(PATIENT, desk) as server, line(server) as camera:
+    with serving(PATIENT, desk, secured) as server, line(server) as camera:
         camera.open().say(STORE_COMMAND)
         for start in range(0, len(data), 1000):
             last = 2 if start + 1000 >= len(data) else 0
@@ -210,7 +246,8 @@ def test_a_data_set_in_many_fragments_comes_whole() -> None:
         assert camera.hear()[1][-2 - 8 - 6 : -8 - 6] == b"\0\0"  # Status, before the instance UID
         (request,) = desk.taken
         assert (request.data, request.abstract_syntax_uid, request.transfer_syntax_uid) == (data, NM, IMPLICIT)
-        assert request.peer == Peer("127.0.0.1", "CAMERA", "REMNANT")
+        assert replace(request.peer, certificate=None) == Peer("127.0.0.1", "CAMERA", "REMNANT")
+        assert (request.peer.certificate is not None) == (secured is not None)
         assert until(lambda: server.memory.taken_bytes == 0)
 
 
@@ -235,14 +272,14 @@ def test_answers_are_not_held_back_to_be_sent_with_more(server: Server) -> None:
 
 
 def test_the_listening_queue_takes_a_burst_of_cameras(server: Server) -> None:
-    info = server._listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    info = server._listeners[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     # Linux gives a listening socket's backlog in tcpi_sacked, which follows 8 single bytes and 5 numbers.
     assert struct.unpack_from("@I", info, 8 + 5 * 4) == (1024,)
 
 
 def test_an_address_that_is_taken_is_an_error_at_once(server: Server) -> None:
     with pytest.raises(OSError, match="in use"):
-        transport.listen(server.address, server.service)
+        transport.listen([Door(server.address)], server.service)
 
 
 # --- rejection --------------------------------------------------------------------------------------------------------
@@ -347,8 +384,9 @@ def test_what_breaks_the_protocol_within_an_association_is_aborted_with_the_reas
 
 
 @pytest.mark.parametrize("early", [ECHO, RELEASE, GOOD], ids=["data", "a release", "a second request"])
-def test_who_does_not_wait_for_the_answer_is_aborted(server: Server, early: bytes) -> None:
-    assert wait_to_read(server, GOOD + early) == (7, bytes((0, 0, *UNEXPECTED)))
+def test_who_does_not_wait_for_the_answer_is_aborted(plain: Server, early: bytes) -> None:
+    """Behind TLS nobody can see that without reading: there the answer goes out, and the early PDU is read then."""
+    assert wait_to_read(plain, GOOD + early) == (7, bytes((0, 0, *UNEXPECTED)))
 
 
 def test_what_comes_behind_a_release_is_dropped(server: Server) -> None:
@@ -481,7 +519,7 @@ def test_random_bytes_and_changed_pdus_leave_the_server_as_it_was(hasty: Server)
         for seed in range(600):
             with suppress(OSError), line(hasty) as peer:
                 peer.say(rubbish(seed))
-                peer.stream.shutdown(socket.SHUT_WR)
+                socket.socket.shutdown(peer.stream, socket.SHUT_WR)
         assert echo(hasty)
         assert until(lambda: not hasty.connections)
     assert until(lambda: threading.active_count() <= before)
@@ -522,8 +560,8 @@ def test_an_object_beyond_the_bound_is_handed_over_as_too_long_and_the_next_one_
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_aborts_a_hundred_idle_associations_at_once() -> None:
-    with serving(PATIENT) as server, ExitStack() as lines:
+def test_stopping_aborts_a_hundred_idle_associations_at_once(secured: TLS | None) -> None:
+    with serving(PATIENT, secured=secured) as server, ExitStack() as lines:
         address = server.address
         peers = [lines.enter_context(line(server)).open() for _ in range(100)]
         stopping = threading.Thread(target=server.stop)
@@ -537,10 +575,10 @@ def test_stopping_aborts_a_hundred_idle_associations_at_once() -> None:
             socket.create_connection(address, timeout=20)
 
 
-def test_stopping_lets_a_message_under_way_come_to_its_status_and_then_aborts() -> None:
+def test_stopping_lets_a_message_under_way_come_to_its_status_and_then_aborts(secured: TLS | None) -> None:
     desk = Desk()
     desk.go_on.clear()
-    with serving(PATIENT, desk) as server, line(server) as camera:
+    with serving(PATIENT, desk, secured) as server, line(server) as camera:
         camera.open().say(STORE_COMMAND + values((3, 2, b"data")))
         assert desk.reached.wait(20)
         stopping = threading.Thread(target=server.stop)
@@ -555,9 +593,9 @@ def test_stopping_lets_a_message_under_way_come_to_its_status_and_then_aborts() 
         assert not stopping.is_alive()
 
 
-def test_stopping_waits_for_half_a_message_only_so_long_and_never_says_success() -> None:
+def test_stopping_waits_for_half_a_message_only_so_long_and_never_says_success(secured: TLS | None) -> None:
     desk = Desk()
-    with serving(PATIENT, desk) as server, line(server) as camera:
+    with serving(PATIENT, desk, secured) as server, line(server) as camera:
         camera.open().say(STORE_COMMAND + values((3, 0, b"half of the da")))
         (connection,) = server._associations
         assert until(lambda: not connection._inbox.empty)

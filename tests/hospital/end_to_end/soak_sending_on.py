@@ -21,7 +21,7 @@ from pydicom.uid import NuclearMedicineImageStorage, generate_uid
 from pynetdicom import AE
 
 from dicom_node.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, accepted_contexts
-from dicom_node.transport import C_STORE_RQ, Limits, Request, Service, listen
+from dicom_node.transport import C_STORE_RQ, Door, Limits, Request, Service, listen
 from pipeline.camera import examination, expose
 from pipeline.phantom import phantom
 
@@ -49,7 +49,7 @@ class CountingArchive:
             admit=lambda _: None,
             handlers={C_STORE_RQ: self._store},
         )
-        self._server = listen(("127.0.0.1", 0), service)
+        self._server = listen([Door(("127.0.0.1", 0))], service)
         self.port = self._server.address[1]
 
     def _store(self, request: Request) -> int:
