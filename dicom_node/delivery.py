@@ -19,10 +19,11 @@ from sqlalchemy import Engine
 
 from dicom_node import log, worklist
 from dicom_node.chain import ChainError, next_object
-from dicom_node.errors import StorageError
+from dicom_node.errors import SettingsError, StorageError
 from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, find_studies, send
 from dicom_node.settings import Destination, Settings
 from dicom_node.spool import Spool
+from dicom_node.tls import encryption_to
 from dicom_node.wake import Bell
 from dicom_node.whose import differences
 
@@ -36,6 +37,17 @@ POLL_S = 2.0
 """Longest sleep between two looks into the worklist: another machine's worker cannot ring our bell."""
 
 _log = log.get("sender")
+
+
+def peer_of(settings: Settings, destination: Destination) -> Peer:
+    """Return whom to call for a destination. Its certificates are read anew, so that new ones need no restart.
+
+    Raises
+    ------
+    SettingsError: a file for its encryption is missing or wrong.
+    """
+    encryption = encryption_to(settings, destination)
+    return Peer(destination.name, destination.ae_title, destination.host, destination.port, encryption)
 
 
 class Sender:
@@ -89,8 +101,14 @@ class Sender:
         due = worklist.due_deliveries(self._engine, destination.name, owner=self._owner, limit=BATCH, hold_s=HOLD_S)
         if not due:
             return False
+        try:
+            peer = peer_of(self._settings, destination)
+        except SettingsError as error:  # somebody changes its files just now; in clear nothing goes
+            for delivery in due:
+                self._record(destination, delivery, Outcome("later", None, str(error), alarm=True), time.monotonic())
+            return True
         if destination.query:
-            due = self._meant_for(destination, due)
+            due = self._meant_for(destination, peer, due)
         by_key = {delivery.id: delivery for delivery in due}
         parcels = [
             Parcel(
@@ -102,7 +120,6 @@ class Sender:
             )
             for delivery in due
         ]
-        peer = Peer(destination.name, destination.ae_title, destination.host, destination.port)
         timeout_s = self._settings.delivery.timeout_s
         started = time.monotonic()
         for parcel, outcome in send(
@@ -123,7 +140,7 @@ class Sender:
         return True
 
     def _meant_for(
-        self, destination: Destination, due: tuple[worklist.DueDelivery, ...]
+        self, destination: Destination, peer: Peer, due: tuple[worklist.DueDelivery, ...]
     ) -> tuple[worklist.DueDelivery, ...]:
         """Return what may go: results whose study the archive does not know yet, or knows under the same identity.
 
@@ -133,7 +150,7 @@ class Sender:
         started = time.monotonic()
         timeout_s = self._settings.delivery.timeout_s
         answers = find_studies(
-            Peer(destination.name, destination.ae_title, destination.host, destination.port),
+            peer,
             [delivery.whose.study_instance_uid for delivery in due],
             calling_ae_title=self._settings.node.ae_title,
             connect_timeout_s=timeout_s,

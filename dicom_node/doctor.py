@@ -10,8 +10,9 @@ from pathlib import Path
 
 from dicom_node import tls, worklist
 from dicom_node.contexts import REPORT_CHAIN, RESULT_CLASSES
-from dicom_node.errors import RemnantError
-from dicom_node.sender import Peer, accepted_classes, echo
+from dicom_node.delivery import peer_of
+from dicom_node.errors import RemnantError, SettingsError
+from dicom_node.sender import accepted_classes, echo
 from dicom_node.service import check_release, load_record
 from dicom_node.settings import Destination, Settings
 
@@ -46,7 +47,11 @@ def examine(settings: Settings) -> Iterator[Check]:
 
 def _destination(settings: Settings, destination: Destination) -> Iterator[Check]:
     """Ask a destination whether it is there, and, where it is, which results it takes."""
-    peer = Peer(destination.name, destination.ae_title, destination.host, destination.port)
+    try:
+        peer = peer_of(settings, destination)
+    except SettingsError as error:
+        yield Check(f"destination {destination.name}", False, str(error))
+        return
     outcome = echo(
         peer,
         calling_ae_title=settings.node.ae_title,
@@ -142,7 +147,7 @@ def check_tls(settings: Settings) -> tuple[bool, str]:
     if not settings.tls.on:
         return True, "off: whoever listens on the network reads patients' names"
     now = datetime.now(UTC)
-    tls.refuse_unfit(settings.tls, now)
+    tls.refuse_unfit(settings, now)
     own = tls.own_certificate(settings.tls)
     left = own.valid_until - now
     text = f"{own.subject}, valid until {own.valid_until:%Y-%m-%d}, in {left.days} days"

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
@@ -31,6 +31,7 @@ from pynetdicom.presentation import PresentationContext, build_context
 
 from dicom_node import contexts
 from dicom_node.errors import RemnantError
+from dicom_node.transport.secure import Caller, Encryption, why
 from dicom_node.whose import Identity
 
 # pynetdicom then reads the encoded dataset from the file as it stands, instead of decoding and encoding it again: the
@@ -51,12 +52,13 @@ _JITTER = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """An archive: our short name for it, its AE title, host name or address, TCP port."""
+    """An archive: our short name for it, its AE title, host name or address, TCP port; `tls`: never in clear."""
 
     name: str
     ae_title: str
     host: str
     port: int
+    tls: Encryption | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,6 @@ def send(
     connect_timeout_s: float,
     acse_timeout_s: float,
     dimse_timeout_s: float,
-    tls: ssl.SSLContext | None = None,
 ) -> Iterator[tuple[Parcel, Outcome]]:
     """Send all parcels to one peer over one association; yield each outcome as soon as it is known.
 
@@ -201,7 +202,6 @@ def send(
         _proposals(ready),
         calling_ae_title=calling_ae_title,
         timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
-        tls=tls,
     )
     try:
         for parcel, syntax in ready:
@@ -217,7 +217,6 @@ def echo(
     connect_timeout_s: float,
     acse_timeout_s: float,
     dimse_timeout_s: float,
-    tls: ssl.SSLContext | None = None,
 ) -> Outcome:
     """Ask the peer for a C-ECHO (PS3.7 section 9.1.5): "acknowledged", or why not. Never raises for the network."""
     line = _Line(
@@ -225,7 +224,6 @@ def echo(
         [build_context(contexts.VERIFICATION, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
         calling_ae_title=calling_ae_title,
         timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
-        tls=tls,
     )
     try:
         return line.echo()
@@ -241,7 +239,6 @@ def accepted_classes(
     connect_timeout_s: float,
     acse_timeout_s: float,
     dimse_timeout_s: float,
-    tls: ssl.SSLContext | None = None,
 ) -> dict[str, bool]:
     """Ask which of the classes the peer would take, by negotiating them and sending nothing.
 
@@ -254,7 +251,6 @@ def accepted_classes(
         contexts.proposed_contexts(sop_class_uids),
         calling_ae_title=calling_ae_title,
         timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
-        tls=tls,
     )
     try:
         if line.fault is not None and line.fault.kind != "rejected_context":
@@ -277,7 +273,6 @@ def find_studies(
     connect_timeout_s: float,
     acse_timeout_s: float,
     dimse_timeout_s: float,
-    tls: ssl.SSLContext | None = None,
 ) -> dict[str, tuple[Identity, ...] | Outcome]:
     """Ask an archive whose each study is (C-FIND, Study Root, STUDY level; PS3.4 C.4.1), over one association.
 
@@ -289,7 +284,6 @@ def find_studies(
         [build_context(contexts.STUDY_ROOT_FIND, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
         calling_ae_title=calling_ae_title,
         timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
-        tls=tls,
     )
     try:
         return {uid: line.find(uid) for uid in dict.fromkeys(study_instance_uids)}
@@ -323,7 +317,6 @@ class _Line:
         *,
         calling_ae_title: str,
         timeouts: _Timeouts,
-        tls: ssl.SSLContext | None,
     ) -> None:
         """Request the association. Where there is none afterwards, `fault` says why."""
         self.fault: Outcome | None = None
@@ -334,6 +327,7 @@ class _Line:
         self._rejection: A_ASSOCIATE_RJ | None = None
         self._sent = 0
         self._assoc: Association | None = None
+        self._encrypting = _Encrypting(peer.tls) if peer.tls else None
         ae = AE(ae_title=calling_ae_title)
         ae.implementation_class_uid = contexts.IMPLEMENTATION_CLASS_UID
         ae.implementation_version_name = contexts.IMPLEMENTATION_VERSION_NAME
@@ -349,7 +343,7 @@ class _Line:
                     contexts=proposed,
                     ae_title=peer.ae_title,
                     max_pdu=_MAX_PDU_BYTES,
-                    tls_args=(tls, peer.host) if tls else None,
+                    tls_args=(cast(ssl.SSLContext, self._encrypting), peer.tls.server_name) if peer.tls else None,
                     evt_handlers=[
                         (evt.EVT_CONN_OPEN, self._opened),
                         (evt.EVT_PDU_RECV, self._pdu_received),
@@ -437,6 +431,8 @@ class _Line:
                 assoc.release()
         if self._connection is not None:
             self._connection.close()
+        if self._encrypting is not None:
+            self._encrypting.close()
 
     def _ask(
         self, limit_s: float, answer: str, sop_instance_uid: str, message_id: int, what: Path | Dataset | None
@@ -490,9 +486,14 @@ class _Line:
             return Outcome("later", None, f"association rejected for now: {reason}")
         if assoc.rejected_contexts:
             return Outcome("rejected_context", None, "the archive takes none of the SOP classes proposed")
+        if self._encrypting is not None and (fault := self._encrypting.fault) is not None:
+            # A person has to mend a certificate; an archive that restarts in the middle of it mends itself.
+            passing = isinstance(fault, (TimeoutError, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError))
+            return Outcome("later", None, f"no TLS with {_where(peer)}: {why(fault)}", alarm=not passing)
         if self._connection is None:
             return Outcome("later", None, f"no connection to {_where(peer)}")
-        return Outcome("later", None, "no answer to our association request, or an abort")
+        refusal = ", which may mean our certificate" if self._encrypting else ""
+        return Outcome("later", None, f"no answer to our association request, or an abort{refusal}")
 
     def _next_message_id(self) -> int:
         self._sent = self._sent % 0xFFFF + 1
@@ -535,7 +536,8 @@ class _Line:
         def cut() -> None:
             if self._connection is not None:
                 try:
-                    self._connection.shutdown(socket.SHUT_RDWR)
+                    # Not the connection's own: under TLS it drops the encryption while another thread reads.
+                    socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
                 except OSError:
                     return  # already closed, which is what we want
 
@@ -546,6 +548,29 @@ class _Line:
             yield
         finally:
             timer.cancel()
+
+
+class _Encrypting:
+    """What pynetdicom calls in the place of a context: it keeps the connection, whose fault pynetdicom drops."""
+
+    def __init__(self, encryption: Encryption) -> None:
+        self._context = encryption.context
+        self._stream: ssl.SSLSocket | None = None
+
+    @property
+    def fault(self) -> OSError | None:
+        """Why there is no TLS connection, or none any more."""
+        return self._stream.fault if isinstance(self._stream, Caller) else None
+
+    def wrap_socket(self, stream: socket.socket, *, server_side: bool, server_hostname: str) -> ssl.SSLSocket:
+        """As a context does; the handshake comes with the connection, in its time-out."""
+        self._stream = self._context.wrap_socket(stream, server_side=server_side, server_hostname=server_hostname)
+        return self._stream
+
+    def close(self) -> None:
+        """Close the connection: after a handshake that failed pynetdicom does not."""
+        if self._stream is not None:
+            self._stream.close()
 
 
 _PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1

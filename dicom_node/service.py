@@ -113,7 +113,7 @@ def run_receiver(settings: Settings, *, supervised: bool) -> None:
     from dicom_node.wake import Bell
 
     if not supervised:  # what ran must not stay down because a certificate has expired: plain sources may still call
-        tls.refuse_unfit(settings.tls)
+        tls.refuse_unfit(settings)
     with _role("receive", settings, supervised=supervised) as (house, stop):
         _clear_unfinished(house, house.spool.incoming)
         receiver = Receiver(settings, house.engine, house.spool, Bell(house.spool.run / "worker.bell"))
@@ -154,6 +154,8 @@ def run_sender(settings: Settings, *, supervised: bool) -> None:
     from dicom_node.delivery import Sender
 
     check_release(settings, load_record(settings))
+    if not supervised:
+        tls.refuse_unfit(settings)
     with _role("send", settings, supervised=supervised) as (house, stop):
         sender = Sender(settings, house.engine, house.spool, owner=_owner("send", settings))
         _announce(house.spool, "send")
@@ -166,7 +168,7 @@ RUN: dict[Role, Callable[..., None]] = {"receive": run_receiver, "work": run_wor
 def serve(settings: Settings, config: Path | None) -> None:
     """Run the node: all three roles as processes, each started again when it ends, until a signal."""
     check_release(settings, load_record(settings))
-    tls.refuse_unfit(settings.tls)
+    tls.refuse_unfit(settings)
     house = open_house(settings)  # once, so that three roles do not race to upgrade the schema, and faults show here
     refuse_damage(house.engine)
     house.engine.dispose()

@@ -204,8 +204,12 @@ class Destination(_Section):
     not every archive answers queries, and a result waits until it does."""
     test: bool = False
     """True for a test archive: only such a one may get the results of demonstration weights."""
-    tls: Annotated[bool, _not_built(False)] = False
-    """Use TLS. Not built yet: only false is accepted, so that nobody believes a plain line is safe."""
+    tls: bool = False
+    """Send over TLS, with our certificate, and never in clear: an archive that speaks none gets nothing."""
+    authorities: str = ""
+    """Over TLS, PEM file of the authorities that may have signed its certificate; empty: `tls.authorities`."""
+    server_name: str = ""
+    """Over TLS, the name or address that its certificate must bear; empty: `host`."""
 
 
 class Delivery(_Section):
@@ -349,6 +353,11 @@ class Settings(BaseSettings):
         for number, source in enumerate(self.sources):
             if missing and (source.tls or source.certificates):
                 raise ValueError(f"sources.{number} asks for TLS, and the section [tls] has no certificate")
+        for number, destination in enumerate(self.destinations):
+            if destination.tls and missing:
+                raise ValueError(f"destinations.{number} asks for TLS, and the section [tls] has no certificate")
+            if not destination.tls and (destination.authorities or destination.server_name):
+                raise ValueError(f"destinations.{number} says whose certificate it has, and not tls = true")
         return self
 
     @property

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dicom_node.errors import SettingsError
-from dicom_node.settings import TLS
-from dicom_node.transport.secure import Certificate, certificate_of, subject_of, verified, why
+from dicom_node.settings import TLS, Destination, Settings
+from dicom_node.transport.secure import Certificate, Encryption, certificate_of, subject_of, verified, why
 
 # The suites of TLS 1.2; those of 1.3 are all of this kind. Level 2: keys of 112 bits and more (RSA 2048), no SHA-1.
 _SUITES = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
@@ -54,6 +54,15 @@ def client_context(tls: TLS, authorities: str = "", key: str = "tls.authorities"
     return context
 
 
+def encryption_to(settings: Settings, destination: Destination) -> Encryption | None:
+    """Return how a destination is called: with this encryption, or in clear. Raises SettingsError."""
+    if not destination.tls:
+        return None
+    key = f"the authorities of destination {destination.name}" if destination.authorities else "tls.authorities"
+    context = client_context(settings.tls, destination.authorities, key)
+    return Encryption(context, destination.server_name or destination.host)
+
+
 def own_certificate(tls: TLS) -> Own:
     """Read our own certificate by shaking hands with ourselves, in memory and whatever the time is.
 
@@ -82,11 +91,14 @@ def own_certificate(tls: TLS) -> Own:
     )
 
 
-def refuse_unfit(tls: TLS, now: datetime | None = None) -> None:
+def refuse_unfit(settings: Settings, now: datetime | None = None) -> None:
     """Refuse a certificate that no peer would take, and files that cannot be read. Raises SettingsError."""
+    tls = settings.tls
     if not tls.on:
         return
     server_context(tls)
+    for destination in settings.destinations:
+        encryption_to(settings, destination)
     own, now = own_certificate(tls), now or datetime.now(UTC)
     if now < own.valid_from:
         raise SettingsError(

@@ -33,6 +33,37 @@ class Certificate:
         return f"{', '.join(sorted(self.names)) or 'without a name'} (SHA-256 {self.sha256[:16]}...)"
 
 
+class Caller(ssl.SSLSocket):
+    """Our end of a connection to an archive; keeps why it broke, which pynetdicom does not hand on."""
+
+    fault: OSError | None = None
+
+    def do_handshake(self, block: bool = False) -> None:
+        """As `ssl.SSLSocket` does."""
+        try:
+            super().do_handshake(block)
+        except OSError as error:
+            self.fault = error
+            raise
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """As `ssl.SSLSocket` does. In TLS 1.3 the first read says what the other end thought of our certificate."""
+        try:
+            return super().recv(buflen, flags)
+        except ssl.SSLError as error:
+            self.fault = error
+            raise
+
+
+class Encryption:
+    """How an archive is called: what we shake hands with, and the name that its certificate must bear."""
+
+    def __init__(self, context: ssl.SSLContext, server_name: str) -> None:
+        context.sslsocket_class = Caller
+        self.context = context
+        self.server_name = server_name
+
+
 def certificate_of(stream: ssl.SSLSocket | ssl.SSLObject) -> Certificate:
     """Return the verified certificate of the other end. Raises ssl.SSLError where it has shown none."""
     der, read = stream.getpeercert(binary_form=True), verified(stream)

@@ -29,6 +29,7 @@ from dicom_node.sender import Parcel, Peer, send
 from dicom_node.settings import Settings
 from dicom_node.transport.dimse import Command, read_command, response
 from dicom_node.transport.negotiation import accept, read_request
+from dicom_node.transport.secure import Encryption
 
 # pynetdicom drops the socket of a failed connection without closing it; Python's reference count does.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -423,15 +424,15 @@ def test_a_sender_that_wants_tls_sends_nothing_to_an_archive_that_speaks_plain(t
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         ((_, outcome),) = send(
-            Peer("plain", "ARCHIVE", "127.0.0.1", plain.port),
+            Peer("plain", "ARCHIVE", "127.0.0.1", plain.port, Encryption(context, "127.0.0.1")),
             [Parcel(1, path, str(SecondaryCaptureImageStorage), uid)],
             calling_ae_title="REMNANT",
             connect_timeout_s=1,
             acse_timeout_s=1,
             dimse_timeout_s=1,
-            tls=context,
         )
     finally:
         plain.stop()
     assert (outcome.kind, outcome.status) == ("later", None)
+    assert outcome.text.endswith(": its TLS handshake did not end in time")
     assert not plain.took

@@ -196,6 +196,8 @@ def test_the_example_of_the_contract_loads() -> None:
         ("[tls]\nplain = false\n", "tls.plain = false leaves no port to call"),
         (SOURCE + "tls = true\n", "sources.0 asks for TLS, and the section [tls] has no certificate"),
         (SOURCE + 'certificates = ["camera"]\n', "sources.0 asks for TLS"),
+        (DESTINATION + "tls = true\n", "destinations.0 asks for TLS, and the section [tls] has no certificate"),
+        (DESTINATION + 'server_name = "pacs"\n', "destinations.0 says whose certificate it has, and not tls = true"),
         (DESTINATION + 'results = ["seg"]\n', 'destinations.0.results: a segmentation needs "sr" or "sc" beside it'),
     ],
 )
@@ -209,7 +211,6 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(text: str, named: 
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        (DESTINATION + "tls = true\n", "destinations.0.tls"),
         (DESTINATION + "storage_commitment = true\n", "destinations.0.storage_commitment"),
         (SOURCE + 'commitment = "proxy"\n', "sources.0.commitment"),
     ],

@@ -458,14 +458,14 @@ def test_files_that_no_peer_would_take_are_refused_in_one_sentence(authority: An
     pair = authority.sign("REMNANT", **how)
     other = authority.sign("OTHER")
     other.key.replace(other.authority.with_name("other.key"))
-    settings = files(pair).model_copy(update=spoil(pair))
+    settings = Settings.model_validate({"tls": files(pair).model_dump() | spoil(pair)})
     with pytest.raises(SettingsError, match=said) as refusal:
         tls.refuse_unfit(settings)
     assert "\n" not in str(refusal.value)
 
 
 def test_without_tls_nothing_is_refused() -> None:
-    tls.refuse_unfit(TLS())
+    tls.refuse_unfit(Settings())
 
 
 @pytest.mark.parametrize(
