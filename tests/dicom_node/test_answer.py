@@ -42,9 +42,21 @@ def test_the_same_scan_encoded_otherwise_is_the_same_content(write: Callable[[Da
     assert compare(write(first), write(second)) == "same_content"
 
 
-def test_a_comment_added_by_a_router_is_the_same_content(write: Callable[[Dataset], Path]) -> None:
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("StudyDescription", "routed"),
+        # Registrations complete and correct these two for one patient; the ID, the issuer and the name say whose it is.
+        ("PatientBirthDate", "19010101"),
+        ("PatientSex", "O"),
+    ],
+)
+def test_what_a_router_adds_or_a_registration_corrects_is_the_same_content(
+    write: Callable[[Dataset], Path], keyword: str, value: str
+) -> None:
     second = _scan()
-    second.StudyDescription = "routed"
+    assert second.get(keyword) != value
+    setattr(second, keyword, value)
     assert compare(write(_scan()), write(second)) == "same_content"
 
 

@@ -294,6 +294,16 @@ def test_views_of_two_patients_are_never_judged_together(model: LoadedModel, rem
     assert _declined(analyse([anterior, anterior], model)).reason == "ambiguous_views"
 
 
+def test_frames_whose_view_codes_and_angles_contradict_each_other_are_declined(
+    model: LoadedModel, remnant: Phantom
+) -> None:
+    ds = _both(remnant)
+    first, second = ds.DetectorInformationSequence
+    first.ViewCodeSequence, second.ViewCodeSequence = second.ViewCodeSequence, first.ViewCodeSequence
+    outcome = _declined(analyse([ds], model))
+    assert (outcome.reason, outcome.ours) == ("ambiguous_views", True)
+
+
 def test_a_matrix_beyond_the_training_is_declined(model: LoadedModel, remnant: Phantom) -> None:
     ds = _both(remnant)
     ds.PixelSpacing = [4.418, 4.418]
