@@ -68,23 +68,24 @@ class Judged:
     embedding: torch.Tensor
 
 
+def features(architecture: str, network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What the backbone hands to the head for images (N, 3, H, W): (N, D), or maps (N, D, h, w) for SqueezeNet."""
+    if architecture == "squeezenet1_1":
+        found: torch.Tensor = network.get_submodule("features")(images)
+        return found
+    # ResNet's last layers are called so; ShuffleNet pools in its own forward.
+    found = images
+    for name, layer in network.named_children():
+        if name in ("avgpool", "fc"):
+            break
+        found = layer(found)
+    return (
+        torch.flatten(network.get_submodule("avgpool")(found), 1) if architecture == "resnet18" else found.mean((2, 3))
+    )
+
+
 def judged(architecture: str, network: nn.Module, images: torch.Tensor) -> Judged:
     """One pass over images (N, 3, H, W)."""
-    if architecture == "resnet18":
-        features = images
-        for name, layer in network.named_children():
-            if name == "avgpool":
-                break
-            features = layer(features)
-        pooled = torch.flatten(network.get_submodule("avgpool")(features), 1)
-        return Judged(network.get_submodule("fc")(pooled), pooled)
-    if architecture == "squeezenet1_1":
-        maps = network.get_submodule("features")(images)
-        return Judged(torch.flatten(network.get_submodule("classifier")(maps), 1), maps.mean(dim=(2, 3)))
-    features = images
-    for name, layer in network.named_children():
-        if name == "fc":
-            break
-        features = layer(features)
-    pooled = features.mean(dim=(2, 3))
-    return Judged(network.get_submodule("fc")(pooled), pooled)
+    found = features(architecture, network, images)
+    logits = torch.flatten(head(architecture, network)(found), 1)
+    return Judged(logits, found.mean(dim=(2, 3)) if found.dim() == 4 else found)

@@ -21,9 +21,11 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import WeightedRandomSampler
 
-from models.architectures import build, head
+from models.architectures import build, features, head
 
 WEIGHT_DECAY: Final = 1e-5
+_KEPT_FEATURES: Final = 1 << 30
+"""Bytes that may be held of a frozen backbone's features."""
 Images = NDArray[np.uint8] | NDArray[np.float16] | NDArray[np.float32]
 SCHEDULES: Final = ("constant", "cosine")
 FROZEN: Final = ("none", "backbone")
@@ -122,10 +124,11 @@ def train(
     optimizer = torch.optim.Adam(learning, lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
     identity = _identity(images, labels, settings, initial)
     done = _resume(checkpoint, identity, network, optimizer)
+    known = _unchanging_features(network, images, settings)
     for epoch in range(done, settings.epochs if settings.stop_after is None else settings.stop_after):
         with torch.random.fork_rng(devices=[]):  # dropout draws from torch's own generator
             torch.manual_seed(settings.seed * 1_000_003 + epoch)
-            loss = _epoch(network, optimizer, images, labels, settings, epoch)
+            loss = _epoch(network, optimizer, images, labels, settings, epoch, known)
         if not math.isfinite(loss):
             raise TrainingError(f"the loss of epoch {epoch + 1} is not a number; lower the learning rate")
         if checkpoint is not None:
@@ -143,6 +146,26 @@ def _learning(network: nn.Module, settings: TrainingSettings) -> list[nn.Paramet
     for parameter in head(settings.architecture, network).parameters():
         parameter.requires_grad_(True)
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _unchanging_features(network: nn.Module, images: Images, settings: TrainingSettings) -> torch.Tensor | None:
+    """What the head sees of each image, (N, ...), where that is the same in every epoch and there is room; else None.
+
+    Only a backbone that learns nothing, shown pictures that nothing augments, need not be asked again.
+    """
+    augmented = settings.flip or settings.shift or settings.view_dropout
+    if settings.frozen == "none" or augmented or any(edge < images.shape[-1] for _, edge in settings.stages):
+        return None
+    device = next(network.parameters()).device
+    found: list[torch.Tensor] = []
+    network.eval()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+        for start in range(0, len(images), 32):
+            batch = standardized(images[start : start + 32], settings).to(device)
+            found.append(features(settings.architecture, network, batch.contiguous(memory_format=torch.channels_last)))
+            if found[0][0].nbytes * len(images) > _KEPT_FEATURES:
+                return None
+    return torch.cat(found)
 
 
 def logits(
@@ -189,6 +212,7 @@ def _epoch(
     labels: NDArray[np.uint8],
     settings: TrainingSettings,
     epoch: int,
+    known: torch.Tensor | None,
 ) -> float:
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
     prevalence = labels.mean()
@@ -202,7 +226,8 @@ def _epoch(
     if settings.frozen == "backbone":
         # A frozen backbone keeps its running means too: only then is it the one that was pre-trained.
         network.eval()
-        head(settings.architecture, network).train()
+    last = head(settings.architecture, network)
+    last.train()
     device = next(network.parameters()).device
     total = 0.0
     for step, start in enumerate(starts):
@@ -211,13 +236,14 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * share
         chosen = order[start : start + size]
-        batch = standardized(_dropped(images[chosen], settings, generator), settings)
-        batch = _augmented(batch, settings, generator)
-        if edge < batch.shape[-1]:
-            batch = functional.interpolate(batch, size=(edge, edge), mode="area")
-        batch = batch.to(device).contiguous(memory_format=torch.channels_last)
+        if known is None:
+            batch = standardized(_dropped(images[chosen], settings, generator), settings)
+            batch = _augmented(batch, settings, generator)
+            if edge < batch.shape[-1]:
+                batch = functional.interpolate(batch, size=(edge, edge), mode="area")
+            batch = batch.to(device).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-            output = network(batch)
+            output = network(batch) if known is None else last(known[chosen]).flatten(1)
         truth = torch.from_numpy(labels[chosen].astype(np.int64)).to(device)
         loss = functional.cross_entropy(output.float(), truth)
         optimizer.zero_grad(set_to_none=True)

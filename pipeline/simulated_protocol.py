@@ -49,6 +49,14 @@ PAPER_COHORT: Final = CohortPlan(
 )
 """Nothing but the natural population, oesophagus, nodes and contamination three times as frequent."""
 IMAGENET_ROW: Final = "squeezenet1_1"
+PARTS: Final = MappingProxyType(
+    {
+        "protocol": "All layers trained",
+        "head": "Only the head trained",
+        "imagenet": "SqueezeNet from ImageNet, all layers trained, outside the comparison",
+    }
+)
+"""Folder of a part -> its title on the page."""
 QUICK: Final = dataclasses.replace(
     ORDERS["paper"],
     steps=(
@@ -77,7 +85,7 @@ class Experiment:
     order: Order = ORDERS["paper"]
     edge: int = 224
     pretraining_epochs: int = 6
-    settings: ProtocolSettings = dataclasses.field(default_factory=lambda: ProtocolSettings(curve_every=4))
+    settings: ProtocolSettings = dataclasses.field(default_factory=lambda: ProtocolSettings(curve_every=8))
 
 
 def pretrain(
@@ -137,6 +145,8 @@ def run(
         if done % experiment.settings.epochs == 0:
             say(f"{told}: {done} of {whole} epochs")
 
+    head = dataclasses.replace(experiment.settings, frozen=True, curve_every=experiment.settings.curve_every * 2)
+    run_protocol(data, head, starts, work / "head", progress=progress)
     if imagenet_squeezenet is not None:
         groupings = squeezenet_groupings or experiment.settings.groupings
         alone = dataclasses.replace(experiment.settings, architectures=(IMAGENET_ROW,), groupings=groupings)
@@ -181,9 +191,7 @@ def write_page(work: Path, experiment: Experiment) -> Path:
     """The page of what was run so far, drawings beside it, and each run's figures."""
     page = work / "page"
     page.mkdir(parents=True, exist_ok=True)
-    protocols = {"protocol": read_protocol(work / "protocol")}
-    if (work / "imagenet").is_dir():
-        protocols["imagenet"] = read_protocol(work / "imagenet")
+    protocols = {name: read_protocol(work / name) for name in PARTS if (work / name).is_dir()}
     blocks: list[Block] = [
         Text(
             "banner",
@@ -191,13 +199,9 @@ def write_page(work: Path, experiment: Experiment) -> Path:
             "network is better on them.",
         ),
         Text("paragraph", _how(experiment)),
-        *protocol_blocks(protocols["protocol"]),
     ]
-    if "imagenet" in protocols:
-        blocks += [
-            Text("heading", "SqueezeNet from ImageNet, outside the comparison"),
-            *protocol_blocks(protocols["imagenet"])[1:],
-        ]
+    for name, protocol in protocols.items():
+        blocks += [Text("heading", PARTS[name]), *protocol_blocks(protocol)[1:]]
     lines = ["# The paper's experiment on simulated scans", ""]
     drawings = 0
     for block in blocks:

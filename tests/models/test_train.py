@@ -141,6 +141,36 @@ def test_a_frozen_backbone_keeps_every_number_its_running_means_too(discs: tuple
     }
 
 
+@pytest.mark.parametrize("architecture", ["resnet18", "squeezenet1_1", "shufflenet_v2_x1_0"])
+def test_features_of_a_frozen_backbone_are_made_once_and_give_the_same_head(
+    discs: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    images, labels = discs
+    settings = dataclasses.replace(
+        SETTINGS, architecture=architecture, stages=((3, 64),), frozen="backbone", flip=False, shift=0
+    )
+    torch.manual_seed(6)
+    start = build(architecture).state_dict()
+    asked: list[int] = []
+    real = train_module.features
+    monkeypatch.setattr(train_module, "features", lambda *given: (asked.append(len(given[2])), real(*given))[1])
+    once = train(images, labels, settings, initial=start)
+    assert sum(asked) == len(images)
+    monkeypatch.setattr(train_module, "_KEPT_FEATURES", 0)
+    each_time = train(images, labels, settings, initial=start)
+    found, expected = (logits(network, images, settings) for network in (once, each_time))
+    assert np.abs(expected - logits_of(start, architecture, images, settings)).max() > 1e-3, "nothing was learnt"
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def logits_of(
+    state: dict[str, torch.Tensor], architecture: str, images: np.ndarray, settings: TrainingSettings
+) -> np.ndarray:
+    network = build(architecture)
+    network.load_state_dict(state)
+    return logits(network.eval(), images, settings)
+
+
 def test_a_constant_schedule_keeps_the_rate_and_a_cosine_ends_near_nothing(
     discs: tuple[np.ndarray, np.ndarray],
 ) -> None:

@@ -40,12 +40,16 @@ def test_networks_start_alike_are_compared_and_the_page_says_what_was_run(tmp_pa
     assert "Table 4" in text
     assert "Mann-Whitney U" in text
     assert "DeLong" in text
-    assert "4 of 4 trainings were run" in text
+    assert text.count("4 of 4 trainings were run") == 2
+    assert "only the head trained" in text
     assert "averaged down to 56" in text
-    assert all((page.parent / f"paper-protocol-{number}.svg").read_bytes() for number in (1, 2))
+    assert all((page.parent / f"paper-protocol-{number}.svg").read_bytes() for number in (1, 2, 3, 4))
     runs = json.loads((page.parent / "paper-protocol.json").read_text(encoding="utf-8"))
-    assert [(one["network"], one["grouping"]) for one in runs] == [
-        (name, grouping) for name in SMALL.settings.architectures for grouping in (1, 2)
+    assert [(one["experiment"], one["network"], one["grouping"]) for one in runs] == [
+        (part, name, grouping)
+        for part in ("protocol", "head")
+        for name in SMALL.settings.architectures
+        for grouping in (1, 2)
     ]
     assert {one["learning_rate"] for one in runs} == {1e-5}
     assert all("pre-training on 12 simulated scans of another camera" in one["start"] for one in runs)
@@ -69,7 +73,7 @@ def test_imagenets_squeezenet_is_a_row_of_its_own(tmp_path: Path) -> None:
         SMALL, settings=dataclasses.replace(SMALL.settings, architectures=("squeezenet1_1",), groupings=1)
     )
     text = run(tmp_path, small, 1, lambda _: None, imagenet_squeezenet=stand_in).read_text("utf-8")
-    own, alone = text.split("## SqueezeNet from ImageNet, outside the comparison")
+    own, alone = text.split("## SqueezeNet from ImageNet, all layers trained, outside the comparison")
     assert "ImageNet (" in alone
     assert "ImageNet (" not in own
 
