@@ -116,10 +116,11 @@ def _networking(settings: Settings) -> list[str]:
                     f"`{node.ae_title}`; another called AE title is rejected",
                     f"`{node.ae_title}` as calling AE title",
                 ),
-                ("port", str(node.port), "of the destination"),
+                ("port", f"{node.port}; {settings.tls.port} with TLS, where it is set up", "of the destination"),
                 (
                     "admission",
-                    "the configured sources, by calling AE title and address; without any, this machine only",
+                    "the configured sources, by calling AE title, address and, over TLS, certificate;"
+                    " without any, this machine only",
                     "-",
                 ),
                 (

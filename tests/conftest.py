@@ -48,12 +48,13 @@ class Pair:
 class Authority:
     """Signs certificates into a folder; nothing of it outlives the test."""
 
-    def __init__(self, folder: Path, name: str = "Test authority") -> None:
+    def __init__(self, folder: Path, name: str = "Test authority", above: "Authority | None" = None) -> None:
         folder.mkdir(exist_ok=True)
         self._folder = folder
-        self._key, self._name = _new_key("ec"), name
+        self._key = _new_key("ec")
         self.file = folder / f"{name.replace(' ', '-')}.pem"
-        self._certificate = _signed(name, self._key, None, self._key, authority=True)
+        issuer, issuer_key = (above._certificate, above._key) if above else (None, self._key)
+        self._certificate = _signed(name, self._key, issuer, issuer_key, authority=True)
         _write(self.file, self._certificate)
 
     def sign(self, name: str, *, kind: str = "ec", **how: Any) -> Pair:

@@ -3,11 +3,12 @@
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,20 @@ def test_an_object_sent_over_tls_is_received_and_its_source_known(
         assoc.release()
         (row,) = worklist.rows(node.engine)
         assert row["source_aet"] == "CAMERA"
+
+
+def test_certificates_between_ours_and_its_authority_stand_behind_ours(tmp_path: Path, authority: Any) -> None:
+    between = type(authority)(tmp_path / "between", "Between", above=authority)
+
+    def chained(name: str) -> Any:
+        pair = between.sign(name)
+        pair.certificate.write_bytes(pair.certificate.read_bytes() + between.file.read_bytes())
+        return replace(pair, authority=authority.file)
+
+    ours = chained("REMNANT")
+    assert tls.own_certificate(files(ours)).subject == "CN=REMNANT"
+    with listening(tmp_path / "var", ours, []) as node:
+        assert node.echo(tls.client_context(files(chained("CAMERA"))))
 
 
 def test_dcmtk_sends_over_tls(node: Node, authority: Any, peer: Callable[[str], Path], tmp_path: Path) -> None:
@@ -353,29 +368,45 @@ def greeting(context: ssl.SSLContext) -> bytes:
     return out.read()
 
 
+REQUEST = b"\x01\x00\x00\x00\x00\xd0\x00\x01"  # the beginning of an association request of 208 bytes
+
+
 @pytest.mark.alone
-def test_a_hundred_slow_connections_of_five_kinds_delay_no_honest_echo_and_are_all_cut_in_time(
+def test_slow_connections_of_five_kinds_on_both_ports_delay_no_honest_echo_and_are_all_cut_in_time(
     node: Node, camera: ssl.SSLContext
 ) -> None:
-    """20 of each kind on the TLS port, with the deadlines of an installation."""
+    """20 of each kind on each port, with the deadlines of an installation.
+
+    Silent; three bytes; a byte a second; on the TLS port the first flight of a handshake and never the second; half of
+    an association request, there within the encryption.
+    """
     hello, ended = greeting(camera), threading.Event()
     with ExitStack() as lines:
-        calls = [lines.enter_context(closing(node.call())) for _ in range(100)]
+
+        def call(port: int, count: int, first: bytes) -> list[socket.socket]:
+            streams = [socket.create_connection((HOST, port), timeout=30) for _ in range(count)]
+            for stream in streams:
+                lines.enter_context(closing(stream))
+                stream.sendall(first)
+            return streams
+
         began = time.monotonic()
-        slow = calls[20:40]
-        for stream in calls[40:60]:
-            stream.sendall(hello[:3])
-        for stream in calls[60:80]:
-            stream.sendall(hello)  # and never the second flight
-        for number, stream in enumerate(calls[80:], start=80):
-            calls[number] = encrypted = lines.enter_context(closing(camera.wrap_socket(stream, server_hostname=HOST)))
-            encrypted.sendall(b"\x01\x00\x00\x00\x00\xd0\x00\x01")  # the beginning of a request
+        call(node.port, 40, b"")
+        call(node.port, 20, REQUEST[:3])
+        call(node.port, 20, REQUEST)
+        call(node.tls_port, 20, b"")
+        call(node.tls_port, 20, hello[:3])
+        call(node.tls_port, 20, hello)
+        for stream in call(node.tls_port, 20, b""):
+            lines.enter_context(closing(camera.wrap_socket(stream, server_hostname=HOST))).sendall(REQUEST)
+        slow = [*((stream, REQUEST) for stream in call(node.port, 20, b""))]
+        slow += [(stream, hello) for stream in call(node.tls_port, 20, b"")]
 
         def drip() -> None:
-            for byte in hello:
-                for stream in slow:
+            for number in range(60):
+                for stream, said in slow:
                     with suppress(OSError):
-                        stream.sendall(bytes((byte,)))
+                        stream.sendall(said[number : number + 1])
                 if ended.wait(1):
                     return
 
@@ -394,6 +425,17 @@ def test_a_hundred_slow_connections_of_five_kinds_delay_no_honest_echo_and_are_a
     assert len(took) > 20
     assert max(took) < 1
     assert 9 < cut_after_s < 15
+
+
+def test_a_stop_does_not_wait_for_handshakes_that_never_end(node: Node, camera: ssl.SSLContext) -> None:
+    with ExitStack() as lines:
+        for _ in range(20):
+            lines.enter_context(node.call()).sendall(greeting(camera))
+        until(lambda: node.connections == 20)
+        began = time.monotonic()
+        node.receiver.stop()
+        assert time.monotonic() - began < 4
+        assert node.connections == 0
 
 
 def test_an_idle_association_is_aborted_within_the_encryption(node: Node, camera: ssl.SSLContext) -> None:
@@ -462,6 +504,24 @@ def test_files_that_no_peer_would_take_are_refused_in_one_sentence(authority: An
     with pytest.raises(SettingsError, match=said) as refusal:
         tls.refuse_unfit(settings)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("role", ["serve", "receive", "send"])
+def test_no_role_starts_with_a_certificate_that_has_expired(authority: Any, tmp_path: Path, role: str) -> None:
+    ours = files(authority.sign("REMNANT", days=(-20, -1)))
+    section = {key: getattr(ours, key) for key in ("certificate", "key", "authorities")}
+    text = "[tls]\n" + "".join(f'{key} = "{path}"\n' for key, path in section.items())
+    (tmp_path / "node.toml").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "dicom_node.cli", role],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "has expired on" in done.stderr
 
 
 def test_without_tls_nothing_is_refused() -> None:
