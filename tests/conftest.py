@@ -1,5 +1,7 @@
 """Settings of the whole suite, and what all its parts need: programs that are not ours, and certificates."""
 
+import dataclasses
+import functools
 import os
 import shutil
 import sys
@@ -136,3 +138,34 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """An authority that nobody knows."""
     return Authority(tmp_path_factory.mktemp("stranger"), "Unknown authority")
+
+
+@pytest.fixture(scope="session")
+def untrained_record() -> Callable[..., Any]:
+    """A weights record of random numbers, called so, for tests of the way and not of the answer; fields by keyword."""
+    from models import weights  # torch: only for tests that ask
+
+    record = weights.WeightsRecord(
+        schema=weights.SCHEMA,
+        name="untrained-test-fixture",
+        version="0",
+        file="untrained.safetensors",
+        sha256="0" * 64,
+        architecture="squeezenet1_1",
+        preprocessing="native",
+        preprocessing_version="2",
+        input=weights.InputFormat(224, 255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        threshold=0.5,
+        operating_point="none; random numbers",
+        undetermined_band=None,
+        temperature=None,
+        fusion="mean_logit",
+        release="demonstration",
+        data="none; random numbers for tests of the software",
+        trained_on="nothing",
+        training_range=weights.TrainingRange((1.0, 2.5), (500.0, 1e6), None),
+        metrics={},
+        intended_use="tests of the software",
+        acceptance=None,
+    )
+    return functools.partial(dataclasses.replace, record)

@@ -1,11 +1,11 @@
 """Weights records: what is refused, and that nothing is parsed before its digest was compared."""
 
-import dataclasses
 import hashlib
 import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,13 @@ from models import embedding, weights
 from models.architectures import build
 from models.weights import WeightsError
 
-
-def _record(**changes: Any) -> weights.WeightsRecord:
-    record = weights.WeightsRecord(
-        schema=weights.SCHEMA,
-        name="untrained-test-fixture",
-        version="0",
-        file="untrained.safetensors",
-        sha256="0" * 64,
-        architecture="squeezenet1_1",
-        preprocessing="native",
-        preprocessing_version="2",
-        input=weights.InputFormat(224, 255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        threshold=0.5,
-        operating_point="none; random numbers",
-        undetermined_band=None,
-        temperature=None,
-        fusion="mean_logit",
-        release="demonstration",
-        data="none; random numbers for tests of the software",
-        trained_on="nothing",
-        training_range=weights.TrainingRange((1.0, 2.5), (500.0, 1e6), None),
-        metrics={},
-        intended_use="tests of the software",
-        acceptance=None,
-    )
-    return dataclasses.replace(record, **changes)
+Record = Callable[..., weights.WeightsRecord]
 
 
 @pytest.fixture
-def record_path(tmp_path: Path) -> Path:
+def record_path(tmp_path: Path, untrained_record: Record) -> Path:
     torch.manual_seed(3)
-    return weights.save(tmp_path, _record(), build("squeezenet1_1"))
+    return weights.save(tmp_path, untrained_record(), build("squeezenet1_1"))
 
 
 def _edit(path: Path, **changes: Any) -> None:
@@ -78,8 +53,8 @@ def test_what_was_saved_loads_in_eval_mode_with_float16_precision(record_path: P
     assert weights.verify(str(record_path)).record == loaded.record
 
 
-def test_batch_normalisation_survives_without_its_counters(tmp_path: Path) -> None:
-    path = weights.save(tmp_path, _record(architecture="resnet18"), build("resnet18"))
+def test_batch_normalisation_survives_without_its_counters(tmp_path: Path, untrained_record: Record) -> None:
+    path = weights.save(tmp_path, untrained_record(architecture="resnet18"), build("resnet18"))
     tensors = safetensors.torch.load((tmp_path / "untrained.safetensors").read_bytes())
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert weights.load(str(path)).network(torch.zeros(1, 3, 224, 224)).shape == (1, 2)
@@ -309,15 +284,15 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(record_path: Path, tmp_
         weights.install(record_path, tmp_path / "taken")
 
 
-def _limited(tmp_path: Path, **changes: Any) -> tuple[Path, embedding.EmbeddingRange]:
+def _limited(tmp_path: Path, untrained_record: Record, **changes: Any) -> tuple[Path, embedding.EmbeddingRange]:
     known = embedding.fit(np.random.default_rng(1).normal(0, 1, (40, 512)).astype(np.float32))
     reach = weights.TrainingRange((1.0, 2.5), (500.0, 1e6), 3.0)
-    record = _record(training_range=reach)
+    record = untrained_record(training_range=reach)
     return weights.save(tmp_path / "limited", record, build("squeezenet1_1"), embedding=known, **changes), known
 
 
-def test_the_range_of_the_embedding_travels_with_the_weights(tmp_path: Path) -> None:
-    path, known = _limited(tmp_path)
+def test_the_range_of_the_embedding_travels_with_the_weights(tmp_path: Path, untrained_record: Record) -> None:
+    path, known = _limited(tmp_path, untrained_record)
     loaded = weights.load(str(path))
     assert loaded.embedding is not None
     row = np.random.default_rng(2).normal(0, 1, 512).astype(np.float32)
@@ -333,9 +308,9 @@ def test_weights_without_a_range_have_none_and_ask_for_none(record_path: Path) -
 
 @pytest.mark.parametrize("lost", ["mean", "basis", "spread", "rest", "all"])
 def test_a_limit_without_its_range_is_refused_for_a_check_that_cannot_be_made_must_not_pass(
-    tmp_path: Path, lost: str
+    tmp_path: Path, lost: str, untrained_record: Record
 ) -> None:
-    path, _ = _limited(tmp_path)
+    path, _ = _limited(tmp_path, untrained_record)
     tensors = safetensors.torch.load((path.parent / "untrained.safetensors").read_bytes())
     kept = {key: value for key, value in tensors.items() if not key.startswith("embedding_range.")}
     if lost != "all":

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,31 +44,18 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def model(
+    tmp_path_factory: pytest.TempPathFactory, untrained_record: Callable[..., weights.WeightsRecord]
+) -> LoadedModel:
     """Random numbers, marked as such: these tests are about the way, not about the answer."""
     torch.manual_seed(11)
-    record = weights.WeightsRecord(
-        schema=weights.SCHEMA,
-        name="untrained-test-fixture",
-        version="0",
-        file="untrained.safetensors",
-        sha256="0" * 64,
+    record = untrained_record(
         architecture="resnet18",
-        preprocessing="native",
         preprocessing_version=PREPROCESSING_VERSION,
         input=weights.InputFormat(GRID, ROOT_COUNTS.scale, ROOT_COUNTS.mean, ROOT_COUNTS.std),
-        threshold=0.5,
-        operating_point="none; random numbers",
-        undetermined_band=None,
         temperature=2.0,
         fusion="views_as_channels",
-        release="demonstration",
-        data="none; random numbers for tests of the software",
-        trained_on="nothing",
         training_range=weights.TrainingRange((1.0, 2.64), (400.0, 5e6), None),
-        metrics={},
-        intended_use="tests of the software",
-        acceptance=None,
     )
     folder: Path = tmp_path_factory.mktemp("weights")
     return load_model(str(weights.save(folder, record, build("resnet18"))))

@@ -349,3 +349,21 @@ def archived(orthanc: Any, dcmqrscp: Any) -> Callable[[Sequence[Made], Path], No
                 assert str(held.PatientName) == made.patient_name
 
     return send_and_compare
+
+
+@pytest.fixture
+def right_by_all(
+    make: Callable[[Row], list[Made]],
+    judge: Callable[[Row, Made, Path], None],
+    archived: Callable[[Sequence[Made], Path], None],
+    tmp_path: Path,
+) -> Callable[[Row], None]:
+    """Make the objects of a row, ask every judge about each, and send them through both archives."""
+
+    def hold(row: Row) -> None:
+        objects = make(row)
+        for made in objects:
+            judge(row, made, tmp_path)
+        archived(objects, tmp_path)
+
+    return hold
