@@ -1,5 +1,7 @@
 """The receiver's TLS port: who is let in by certificate, what is said of the others, and that the slow delay nobody."""
 
+import random
+import re
 import socket
 import ssl
 import subprocess
@@ -357,6 +359,23 @@ def test_tls_on_the_plain_port_is_logged_as_what_it_is(node: Node, camera: ssl.S
     assert (line["event"], line["why"]) == ("association_cut", "it speaks TLS on the plain port")
 
 
+def test_nothing_is_renegotiated_or_compressed(node: Node, authority: Any, peer: Callable[[str], Path]) -> None:
+    pair = authority.sign("CAMERA")
+    command = [str(peer("openssl")), "s_client", "-tls1_2", "-connect", f"{HOST}:{node.tls_port}", "-cert"]
+    command += [str(pair.certificate), "-key", str(pair.key), "-CAfile", str(pair.authority)]
+    done = subprocess.run(command, input="R\n", capture_output=True, text=True, timeout=60, check=False)
+    assert "Compression: NONE" in done.stdout
+    assert "no renegotiation" in done.stderr
+
+
+def test_every_suite_has_forward_secrecy_and_authenticated_encryption(own: Any) -> None:
+    for context in (tls.server_context(files(own)), tls.client_context(files(own))):
+        suites = [suite["name"] for suite in context.get_ciphers()]
+        assert len(suites) > 6
+        assert all(re.fullmatch(r"(TLS|ECDHE-(EC|R)S?D?S?A)[-_].*(GCM|POLY1305).*", name) for name in suites), suites
+        assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+
+
 # --- the slow and the silent ------------------------------------------------------------------------------------------
 
 
@@ -366,6 +385,24 @@ def greeting(context: ssl.SSLContext) -> bytes:
     with suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), out, server_hostname=HOST).do_handshake()
     return out.read()
+
+
+def test_broken_handshakes_leave_the_node_as_it_was(node: Node, camera: ssl.SSLContext) -> None:
+    hello, chance = greeting(camera), random.Random(1)  # noqa: S311 - the same rubbish each time
+    threads = threading.active_count()
+    with capture_logs() as lines:
+        for _ in range(300):
+            broken = bytearray(hello)
+            for _ in range(chance.randrange(1, 8)):
+                broken[chance.randrange(1, len(broken))] = chance.randrange(256)
+            with suppress(OSError), node.call() as stream:
+                stream.sendall(broken[: chance.randrange(1, len(broken) + 1)])
+                stream.shutdown(socket.SHUT_WR)
+        until(lambda: not node.connections)
+    assert node.echo(camera)
+    until(lambda: threading.active_count() <= threads)
+    assert {line["event"] for line in lines} == {"tls_refused"}
+    assert len(lines) < 150
 
 
 REQUEST = b"\x01\x00\x00\x00\x00\xd0\x00\x01"  # the beginning of an association request of 208 bytes
@@ -456,13 +493,12 @@ def test_a_certificate_that_works_is_read(authority: Any) -> None:
 
 
 def encrypted(pair: Any) -> dict[str, str]:
-    path = pair.key.with_suffix(".encrypted")
-    made = subprocess.run(
-        ["openssl", "pkey", "-in", pair.key, "-aes256", "-passout", "pass:secret", "-out", path], check=False
-    )
-    assert made.returncode == 0
-    path.chmod(0o600)
-    return {"key": str(path)}
+    from cryptography.hazmat.primitives import serialization as form
+
+    key = form.load_pem_private_key(pair.key.read_bytes(), None)
+    how = form.BestAvailableEncryption(b"secret")
+    pair.key.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, how))
+    return {}
 
 
 def opened(pair: Any) -> dict[str, str]:

@@ -251,6 +251,26 @@ def test_a_data_set_in_many_fragments_comes_whole(secured: TLS | None) -> None:
         assert until(lambda: server.memory.taken_bytes == 0)
 
 
+def test_a_resumed_session_still_says_whose_certificate_it_began_with(authority: Any) -> None:
+    pair, desk, session = authority.sign("BOTH"), Desk(), None
+    secured = TLS(certificate=str(pair.certificate), key=str(pair.key), authorities=str(pair.authority))
+    with serving(PATIENT, desk, secured) as server:
+        caller = CALLERS[server]
+        caller.maximum_version = ssl.TLSVersion.TLSv1_2  # of 1.3 no session can be resumed: there are no tickets
+        for _ in range(2):
+            stream = socket.create_connection(server.address, timeout=20)
+            with closing(caller.wrap_socket(stream, server_hostname="127.0.0.1", session=session)) as encrypted:
+                resumed, session = encrypted.session_reused, encrypted.session
+                camera = Line(encrypted).open()
+                camera.say(STORE_COMMAND + values((3, 2, b"data")))
+                assert camera.hear()[0] == 4
+        assert resumed
+    first, second = (one.peer.certificate for one in desk.taken)
+    assert first == second
+    assert first is not None
+    assert "both" in first.names
+
+
 def test_two_messages_in_one_pdu_are_both_answered(server: Server) -> None:
     with line(server) as peer:
         peer.open().say(values((1, 3, command(0x0030)), (1, 3, command(0x0030))))
@@ -419,8 +439,8 @@ def test_who_never_asks_for_an_association_is_cut(hasty: Server, name: str) -> N
 
 
 @pytest.mark.parametrize("sent", [ECHO[:3], ECHO[:20], STORE_COMMAND + ECHO[:7]])
-def test_who_sends_part_of_a_pdu_and_waits_is_aborted(sent: bytes) -> None:
-    with serving(replace(HASTY, idle_s=60)) as server, line(server) as peer:
+def test_who_sends_part_of_a_pdu_and_waits_is_aborted(secured: TLS | None, sent: bytes) -> None:
+    with serving(replace(HASTY, idle_s=60), secured=secured) as server, line(server) as peer:
         peer.open().say(sent)
         assert peer.hear() == (7, bytes(4))
         assert peer.cut()
@@ -457,8 +477,8 @@ def test_an_association_that_says_nothing_is_aborted(hasty: Server) -> None:
         assert peer.hear() == (7, bytes(4))
 
 
-def test_a_peer_that_never_reads_its_answers_is_cut() -> None:
-    with serving(replace(PATIENT, send_s=0.3)) as server, line(server) as peer:
+def test_a_peer_that_never_reads_its_answers_is_cut(secured: TLS | None) -> None:
+    with serving(replace(PATIENT, send_s=0.3), secured=secured) as server, line(server) as peer:
         peer.open()
         peer.stream.settimeout(0.2)
         with suppress(OSError):
@@ -482,8 +502,8 @@ def test_a_hundred_silent_connections_of_five_kinds_keep_no_honest_one_waiting(s
     assert until(lambda: not server.connections)
 
 
-def test_more_silent_connections_than_may_wait_make_room_for_an_honest_one() -> None:
-    with serving(replace(PATIENT, waiting=20)) as server, ExitStack() as lines:
+def test_more_silent_connections_than_may_wait_make_room_for_an_honest_one(secured: TLS | None) -> None:
+    with serving(replace(PATIENT, waiting=20), secured=secured) as server, ExitStack() as lines:
         silent = [lines.enter_context(line(server)) for _ in range(60)]
         assert echo(server)
         assert silent[0].cut()
