@@ -40,12 +40,12 @@ def examine(settings: Settings) -> Iterator[Check]:
             ok, detail = False, str(error)
         yield Check(name, ok, detail)
     for destination in settings.destinations:
-        yield from _destination(settings, destination)
+        yield from ask_destination(settings, destination)
     if not settings.destinations:
         yield Check("destinations", False, "none is configured: results stay in the storage folder")
 
 
-def _destination(settings: Settings, destination: Destination) -> Iterator[Check]:
+def ask_destination(settings: Settings, destination: Destination) -> Iterator[Check]:
     """Ask a destination whether it is there, and, where it is, which results it takes."""
     try:
         peer = peer_of(settings, destination)

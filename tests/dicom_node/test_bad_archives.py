@@ -26,7 +26,7 @@ from sqlalchemy import Engine
 from dicom_node import spool, worklist
 from dicom_node.delivery import Sender
 from dicom_node.sender import Parcel, Peer, send
-from dicom_node.settings import Settings
+from dicom_node.settings import TLS, Settings
 from dicom_node.transport.dimse import Command, read_command, response
 from dicom_node.transport.negotiation import accept, read_request
 from dicom_node.transport.secure import Encryption
@@ -436,3 +436,29 @@ def test_a_sender_that_wants_tls_sends_nothing_to_an_archive_that_speaks_plain(t
     assert (outcome.kind, outcome.status) == ("later", None)
     assert outcome.text.endswith(": its TLS handshake did not end in time")
     assert not plain.took
+
+
+def test_a_destination_whose_certificates_cannot_be_read_waits_and_delays_no_other(
+    sqlite_camera: Any, tmp_path: Path
+) -> None:
+    plain, healthy = Archive(good), Archive(good)
+    plain.start()
+    healthy.start()
+    try:
+        hospital = due(sqlite_camera, tmp_path / "var", {"bad": plain.port, "good": healthy.port})
+        bad, fine = hospital.settings.destinations
+        gone = str(tmp_path / "gone.pem")
+        changed = {
+            "destinations": (bad.model_copy(update={"tls": True}), fine),
+            "tls": TLS(certificate=gone, key=gone, authorities=gone),
+        }
+        hospital.settings = hospital.settings.model_copy(update=changed)
+        with hospital.sending():
+            until(lambda: hospital.delivery("good")["state"] == "acknowledged", 10)
+            until(lambda: hospital.delivery("bad")["attempts"] >= 2)
+        assert hospital.delivery("bad")["state"] == "pending"
+        assert f"tls.key: {gone} cannot be read: No such file or directory" in hospital.row()["last_error"]
+        assert plain.called_at == []
+    finally:
+        plain.stop()
+        healthy.stop()

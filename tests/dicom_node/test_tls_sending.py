@@ -15,6 +15,7 @@ from pynetdicom import build_context
 
 from dicom_node import tls, transport
 from dicom_node.delivery import peer_of
+from dicom_node.doctor import Check, ask_destination
 from dicom_node.errors import SettingsError
 from dicom_node.sender import Outcome, Parcel, Peer, echo, send
 from dicom_node.settings import TLS, Settings
@@ -69,8 +70,8 @@ def own(authority: Any) -> TLS:
     return files(authority.sign("REMNANT"))
 
 
-def calling(own: TLS, port: int, **changed: str) -> Peer:
-    settings = Settings.model_validate(
+def configured(own: TLS, port: int, **changed: str) -> Settings:
+    return Settings.model_validate(
         {
             "tls": own.model_dump(),
             "destinations": [
@@ -78,6 +79,10 @@ def calling(own: TLS, port: int, **changed: str) -> Peer:
             ],
         }
     )
+
+
+def calling(own: TLS, port: int, **changed: str) -> Peer:
+    settings = configured(own, port, **changed)
     return peer_of(settings, settings.destinations[0])
 
 
@@ -195,3 +200,20 @@ def test_an_archive_that_goes_silent_or_away_in_the_handshake_is_tried_later(
 def test_a_certificate_that_vanished_is_a_reason_that_names_it(own: TLS, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"the authorities of destination pacs: .*gone\.pem cannot be read"):
         calling(own, 104, authorities=str(tmp_path / "gone.pem"))
+
+
+def test_the_doctor_calls_an_archive_over_tls_and_says_why_it_cannot(
+    own: TLS, authority: Any, stranger: Any, tmp_path: Path
+) -> None:
+    def seen(port: int, **changed: str) -> Check:
+        settings = configured(own, port, **changed)
+        return next(iter(ask_destination(settings, settings.destinations[0])))
+
+    with archive(tls.server_context(files(authority.sign("ARCHIVE")))) as (port, _):
+        assert seen(port) == Check("destination pacs", True, "answers C-ECHO")
+        wrong = seen(port, authorities=str(stranger.file))
+        assert not wrong.ok
+        assert wrong.detail.endswith("its certificate is refused: none of the authorities we know has signed it")
+        gone = seen(port, authorities=str(tmp_path / "gone.pem"))
+        assert not gone.ok
+        assert gone.detail.endswith("gone.pem cannot be read: No such file or directory.")
