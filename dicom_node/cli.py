@@ -938,15 +938,26 @@ _LISTED = (
 )
 
 
+_ONLY_WIDE = ("views", "acquired_at", "source_aet")
+_NEVER_FOLDED = ("id", "state", "finding", "probability")
+_WIDE = 160
+"""Columns of a terminal that shows all of `_LISTED`."""
+
+
 def _print_rows(rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
     if as_json:
         for row in rows:
             _print_json(row)
         return
-    table = Table(*_LISTED)
+    console = Console()
+    # Never cut in the middle of a word: a narrow screen loses columns that `show` has, the others are folded.
+    names = [name for name in _LISTED if console.width >= _WIDE or name not in _ONLY_WIDE]
+    table = Table(box=None, padding=(0, 1))
+    for name in names:
+        table.add_column(name, overflow="fold", no_wrap=name in _NEVER_FOLDED)
     for row in rows:
-        table.add_row(*(_shown(name, row[name]) for name in _LISTED))
-    Console().print(table)
+        table.add_row(*(_shown(name, row[name]) for name in names))
+    console.print(table)
 
 
 def _print_change(row: Mapping[str, Any], *, as_json: bool) -> None:
@@ -991,6 +1002,8 @@ def _shown(name: str, value: object) -> str:
 
     if value is None:
         return ""
+    if name == "delivered_to" and isinstance(value, Mapping):
+        return ", ".join(f"{escape(str(place))}: {state}" for place, state in value.items())
     return f"{percent(value)} %" if name == "probability" and isinstance(value, float) else escape(str(value))
 
 
