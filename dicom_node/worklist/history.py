@@ -10,7 +10,7 @@ came after the last checkpoint can be cut off unseen; its digest is in the log t
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from types import MappingProxyType
@@ -78,6 +78,9 @@ _HEAD = select(
 )
 
 
+_APPEND = insert(event_table)
+
+
 _CHECKPOINTS = (
     select(event_table)
     .where(event_table.c.scan_id.is_(None), event_table.c.event == "checkpoint")
@@ -127,7 +130,32 @@ def append(
         "to_state": to_state,
         "detail": detail,
     }
-    conn.execute(insert(event_table).values(**fields, digest=_digest(head.digest or "", fields)))
+    conn.execute(_APPEND, {**fields, "digest": _digest(head.digest or "", fields)})
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What an event says, before it has its place in a history."""
+
+    event: str
+    detail: str = ""
+    from_state: str | None = None
+    to_state: str | None = None
+
+
+def begin(conn: Connection, scan_id: int, at: str, revision: int, lines: Sequence[Line]) -> None:
+    """Write the first events of a row that this transaction made, as so many `append` would, in one statement.
+    `at`: the database's time."""
+    digest = ""
+    rows: list[dict[str, str | int | None]] = []
+    for sequence, line in enumerate(lines, start=1):
+        if line.event not in EVENTS:
+            raise KeyError(line.event)
+        fields: dict[str, str | int | None] = {"scan_id": scan_id, "sequence": sequence, "at": at, "revision": revision}
+        fields |= asdict(line)
+        digest = _digest(digest, fields)
+        rows.append({**fields, "digest": digest})
+    conn.execute(_APPEND, rows)
 
 
 def tells(conn: Connection, scan_id: int | None, event: str, detail: str) -> bool:

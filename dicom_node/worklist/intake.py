@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone, tzinfo
 from typing import Any
 
-from sqlalchemy import Connection, Engine, RowMapping, insert, select, update
+from sqlalchemy import Connection, Engine, RowMapping, bindparam, exists, insert, select, update
 
 from dicom_node.whose import Identity
 from dicom_node.worklist import history
-from dicom_node.worklist.clock import now, text_of
+from dicom_node.worklist.clock import now, parse, read_clock, text_of
 from dicom_node.worklist.engine import INTAKE_LOCK, lock, writing
 from dicom_node.worklist.guard import Standing, change
 from dicom_node.worklist.states import NEW, QUARANTINED, REST, TransitionRefused
@@ -31,6 +31,20 @@ NM_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.20"
 
 KEY_OBJECT = "kos"
 """The kind of a result that withdraws others."""
+
+# Statements that every object needs are put together once: that takes SQLAlchemy longer than SQLite takes to run them.
+# What the tables know of an object before it is entered; the time; always one row.
+_HEARD_OF = select(
+    now().label("at"),
+    exists().where(instance.c.sop_instance_uid == bindparam("uid")).label("known"),
+    select(result.c.scan_id).where(result.c.sop_instance_uid == bindparam("uid")).scalar_subquery().label("made_by"),
+    exists().where(scan.c.study_instance_uid == bindparam("study")).label("of_study"),
+)
+_NEW_SCAN = (
+    insert(scan).values(received_at=now(), updated_at=now(), attempts=0, claims=0, lease_counter=0).returning(scan.c.id)
+)
+_NOTHING_YET = {"outcome": None, "reason": None, "intake_reason": None, "views_deadline": None, "at_rest_since": None}
+_NEW_INSTANCE = insert(instance).values(received_at=now()).returning(instance.c.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,30 +102,27 @@ def receive(
     source_aet = _clean(source_aet)
     with writing(engine) as conn:
         lock(conn, INTAKE_LOCK)
-        known = _known(conn, facts.sop_instance_uid)
+        heard_of = conn.execute(_HEARD_OF, {"uid": facts.sop_instance_uid, "study": facts.study_instance_uid}).one()
+        known = _known(conn, facts.sop_instance_uid) if heard_of.known else ()
         for row in known:
             if row["sha256"] == stored.sha256:
                 return Receipt(row["scan_id"], _state(conn, row["scan_id"]), new=False, queued=False)
-        receipt = _enter(conn, facts, stored, source_aet, rules, known)
+        if known:
+            receipt = _receive_version(conn, facts, stored, source_aet, known)
+        elif heard_of.made_by is not None:
+            receipt = _receive_returned(conn, facts, stored, source_aet, heard_of.made_by)
+        elif heard_of.of_study:
+            receipt = _join(conn, facts, stored, source_aet, rules)
+        else:
+            receipt = _begin(conn, facts, stored, source_aet, rules, heard_of.at)
         if adopted:
             detail = f"{facts.sop_instance_uid} sha256 {stored.sha256}"
             history.append(conn, receipt.scan_id, "adopted", detail=detail)
         return receipt
 
 
-def _enter(
-    conn: Connection,
-    facts: HeaderFacts,
-    stored: Stored,
-    source_aet: str,
-    rules: IntakeRules,
-    known: Sequence[RowMapping],
-) -> Receipt:
-    if known:
-        return _receive_version(conn, facts, stored, source_aet, known)
-    made_by = _result_of(conn, facts.sop_instance_uid)
-    if made_by is not None:
-        return _receive_returned(conn, facts, stored, source_aet, made_by)
+def _join(conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, rules: IntakeRules) -> Receipt:
+    """Enter a new object of a study that has rows."""
     alarms = _alarms(conn, facts)
     if _may_be_analysed(facts):
         scan_id, queued = _receive_view(conn, facts, stored, source_aet, rules)
@@ -120,6 +131,46 @@ def _enter(
     for alarm in alarms:
         history.append(conn, scan_id, alarm, detail=facts.sop_instance_uid)
     return Receipt(scan_id, _state(conn, scan_id), new=True, queued=queued, alarms=alarms)
+
+
+def _begin(
+    conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, rules: IntakeRules, at: str
+) -> Receipt:
+    """Enter the first object of a study. Nothing can be joined, moved or contradicted: row, object and history are
+    written once, as they stand in the end. A test holds it to `_join`, which would come to the same."""
+    lines = []
+    values: dict[str, Any] = {"acquired_at": _acquired_at((facts,), rules)}
+    if _may_be_analysed(facts):
+        (one,) = _groups((facts,), rules)
+        queued = not _waits(one, rules)
+        state = "queued" if queued else "receiving"
+        values |= {
+            "views": ",".join(one.views),
+            "reason": one.reason,
+            "intake_reason": one.reason,
+            "views_deadline": None if queued else text_of(parse(at) + timedelta(seconds=rules.views_timeout_s)),
+        }
+        kind, born = "acquisition", "receiving"
+        lines = [history.Line("complete", one.reason or "", "receiving", "queued")] if queued else []
+    else:
+        queued = False
+        state = born = "declined"
+        values |= {"views": "", "outcome": "declined", "reason": facts.reason, "at_rest_since": at}
+        kind = "kept"
+    scan_id = _insert_scan(conn, kind, facts, source_aet, state, 1, values)
+    _insert_instance(conn, scan_id, facts, stored, source_aet)
+    history.begin(
+        conn,
+        scan_id,
+        at,
+        1,
+        [
+            history.Line("received", str(facts.reason or "") if kind == "kept" else "", NEW, born),
+            history.Line("received", f"{facts.sop_instance_uid} sha256 {stored.sha256}"),
+            *lines,
+        ],
+    )
+    return Receipt(scan_id, state, new=True, queued=queued)
 
 
 def expire_views(engine: Engine) -> tuple[int, ...]:
@@ -296,12 +347,6 @@ def quarantined_version(conn: Connection, instance_id: int) -> RowMapping:
     )
     if found is None:
         raise TransitionRefused(f"there is no object {instance_id} in quarantine", hint="see `remnant quarantine list`")
-    return found
-
-
-def _result_of(conn: Connection, sop_instance_uid: str) -> int | None:
-    """The row that made a result which now comes in."""
-    found: int | None = conn.scalar(select(result.c.scan_id).where(result.c.sop_instance_uid == sop_instance_uid))
     return found
 
 
@@ -581,6 +626,11 @@ def fresh() -> dict[str, Any]:
     }
 
 
+def _waits(one: _Group, rules: IntakeRules) -> bool:
+    """Say whether a required view is missing that may still come."""
+    return one.reason is None and not set(rules.require_views) <= set(one.views)
+
+
 def _settle_intake(conn: Connection, standing: Standing, one: _Group, rules: IntakeRules) -> bool:
     """Queue a row that waits for nothing more; set the deadline of one that does."""
     if identity_disputed(conn, standing.scan_id):
@@ -595,7 +645,7 @@ def _settle_intake(conn: Connection, standing: Standing, one: _Group, rules: Int
             views_deadline=None,
         )
         return False
-    if one.reason is None and not set(rules.require_views) <= set(one.views):
+    if _waits(one, rules):
         conn.execute(
             update(scan).where(scan.c.id == standing.scan_id).values(views_deadline=now(rules.views_timeout_s))
         )
@@ -697,29 +747,9 @@ def _create(
     row = {
         "views": "",
         "acquired_at": _acquired_at((facts,), rules),
-        "at_rest_since": now() if state in REST else None,
+        "at_rest_since": read_clock(conn) if state in REST else None,
     } | values
-    scan_id = conn.execute(
-        insert(scan)
-        .values(
-            kind=kind,
-            patient_id=facts.patient_id,
-            issuer_of_patient_id=facts.issuer_of_patient_id,
-            patient_name=facts.patient_name,
-            accession_number=facts.accession_number,
-            study_instance_uid=facts.study_instance_uid,
-            source_aet=source_aet,
-            received_at=now(),
-            updated_at=now(),
-            state=state,
-            revision=revision,
-            attempts=0,
-            claims=0,
-            lease_counter=0,
-            **row,
-        )
-        .returning(scan.c.id)
-    ).scalar_one()
+    scan_id = _insert_scan(conn, kind, facts, source_aet, state, revision, row)
     history.append(
         conn,
         scan_id,
@@ -729,7 +759,35 @@ def _create(
         to_state=state,
         detail=str(values.get("reason") or ""),
     )
-    return int(scan_id)
+    return scan_id
+
+
+def _insert_scan(
+    conn: Connection,
+    kind: str,
+    facts: HeaderFacts,
+    source_aet: str,
+    state: str,
+    revision: int,
+    values: Mapping[str, Any],
+) -> int:
+    inserted = conn.scalar(
+        _NEW_SCAN,
+        {
+            **_NOTHING_YET,
+            "kind": kind,
+            "patient_id": facts.patient_id,
+            "issuer_of_patient_id": facts.issuer_of_patient_id,
+            "patient_name": facts.patient_name,
+            "accession_number": facts.accession_number,
+            "study_instance_uid": facts.study_instance_uid,
+            "source_aet": source_aet,
+            "state": state,
+            "revision": revision,
+            **values,
+        },
+    )
+    return int(inserted or 0)
 
 
 def _insert_instance(
@@ -744,26 +802,24 @@ def _insert_instance(
     candidate: bool | None = None,
 ) -> int:
     inserted = conn.scalar(
-        insert(instance)
-        .values(
-            scan_id=scan_id,
-            sop_class_uid=facts.sop_class_uid,
-            sop_instance_uid=facts.sop_instance_uid,
-            study_instance_uid=facts.study_instance_uid,
-            series_instance_uid=facts.series_instance_uid,
-            transfer_syntax_uid=stored.transfer_syntax_uid,
-            sha256=stored.sha256,
-            size_bytes=stored.size_bytes,
-            spool_name=stored.spool_name,
-            facts=_facts_json(facts),
-            candidate=int(_may_be_analysed(facts) if candidate is None else candidate),
-            reason=facts.reason,
-            version=version,
-            verdict=verdict,
-            source_aet=source_aet,
-            received_at=now(),
-        )
-        .returning(instance.c.id)
+        _NEW_INSTANCE,
+        {
+            "scan_id": scan_id,
+            "sop_class_uid": facts.sop_class_uid,
+            "sop_instance_uid": facts.sop_instance_uid,
+            "study_instance_uid": facts.study_instance_uid,
+            "series_instance_uid": facts.series_instance_uid,
+            "transfer_syntax_uid": stored.transfer_syntax_uid,
+            "sha256": stored.sha256,
+            "size_bytes": stored.size_bytes,
+            "spool_name": stored.spool_name,
+            "facts": _facts_json(facts),
+            "candidate": int(_may_be_analysed(facts) if candidate is None else candidate),
+            "reason": facts.reason,
+            "version": version,
+            "verdict": verdict,
+            "source_aet": source_aet,
+        },
     )
     return int(inserted or 0)
 

@@ -6,8 +6,11 @@ from dataclasses import replace
 from datetime import timedelta, timezone
 
 import pytest
+from sqlalchemy import select
 
 from dicom_node import worklist
+from dicom_node.worklist import intake
+from dicom_node.worklist.tables import metadata
 
 
 def uids(engine, scan_id):
@@ -301,3 +304,53 @@ def test_no_patient_identity_stands_in_the_history_or_in_the_facts(camera):
             assert secret not in text
     assert json.loads(facts[0])["rows"] == 256
     assert receipt.new
+
+
+TIMES = {"at", "digest", "views_deadline", "at_rest_since"}
+
+
+def everything(engine):
+    """All rows of the tables that intake writes; of times, and of digests over them, only whether there are any."""
+    told = []
+    with engine.connect() as conn:
+        for table in (metadata.tables[name] for name in ("scan", "instance", "event", "identity")):
+            for row in conn.execute(select(table).order_by(table.c.id)).mappings():
+                told.append({k: v is not None if k in TIMES or k.endswith("_at") else v for k, v in row.items()})
+    return told
+
+
+FIRST = {
+    "both views": {},
+    "one view": {"view": "anterior"},
+    "one view where one is enough": {"view": "posterior", "rules": {"require_views": ("posterior",)}},
+    "no view is waited for": {"view": "anterior", "rules": {"require_views": ()}},
+    "no view": {"frames": ()},
+    "no time": {"acquired_at": None},
+    "a view that nobody knows": {"reason": "unknown_view", "frames": ()},
+    "views that cannot be told apart": {"reason": "ambiguous_views"},
+    "a scan that cannot be read": {"reason": "unreadable"},
+    "another object that cannot be read": {"reason": "unreadable", "sop_class_uid": "1.2.840.10008.5.1.4.1.1.2"},
+    "not ours": {"reason": "not_131i", "ours": False},
+    "another class": {"reason": "wrong_class", "ours": False, "sop_class_uid": "1.2.840.10008.5.1.4.1.1.2"},
+}
+
+
+@pytest.mark.parametrize("shape", FIRST.values(), ids=FIRST.keys())
+def test_the_first_object_of_a_study_is_entered_as_any_other_would_be(camera, tmp_path, monkeypatch, shape):
+    changed = dict(shape)
+    at_once = replace(camera, rules=replace(camera.rules, **changed.pop("rules", {})))
+    other = worklist.open_worklist(f"sqlite:///{tmp_path / 'other.db'}")
+    worklist.upgrade(other)
+    in_steps = replace(at_once, engine=other)
+    told, receipts = [], []
+    for one in (at_once, in_steps):
+        if one is in_steps:
+            # The road of an object whose study has rows already, although there are none.
+            monkeypatch.setattr(intake, "_begin", lambda *given: intake._join(*given[:-1]))
+        receipts.append([one.send("first", **changed), one.send("first", data="again", **changed)])
+        receipts[-1] += [one.send("later", "posterior", minute=1), one.send("first", **changed)]
+        assert worklist.verify_events(one.engine) == ()
+        told.append(everything(one.engine))
+    other.dispose()
+    assert receipts[0] == receipts[1]
+    assert told[0] == told[1]
