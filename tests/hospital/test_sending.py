@@ -13,6 +13,9 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, gen
 from pynetdicom.dsutils import split_dataset
 
 from dicom_node.sender import Outcome, Parcel, Peer, accepted_classes, echo, send
+from dicom_node.settings import TLS
+from dicom_node.tls import client_context
+from dicom_node.transport.secure import Encryption
 
 SC = "1.2.840.10008.5.1.4.1.1.7"
 # Orthanc is started once for each process of a parallel run: keep its tests together.
@@ -85,6 +88,20 @@ def test_storescp_receives_the_stored_bytes_unchanged(start_storescp: Callable[.
     received = {dcmread(path).SOPInstanceUID: path for path in scp.files()}
     for parcel in parcels:
         assert _dataset_bytes(received[parcel.sop_instance_uid]) == _dataset_bytes(parcel.path)
+
+
+def test_storescp_receives_over_tls_and_shows_a_certificate_of_an_authority_we_know(
+    start_storescp: Callable[..., Any], tmp_path: Path, authority: Any, stranger: Any
+) -> None:
+    theirs, ours = authority.sign("STORESCP", kind="rsa"), authority.sign("REMNANT", kind="rsa")
+    scp = start_storescp("+tls", str(theirs.key), str(theirs.certificate), "+cf", str(theirs.authority))
+    files = TLS(certificate=str(ours.certificate), key=str(ours.key), authorities=str(ours.authority))
+    parcel = _object(tmp_path)
+    for authorities, kind in ((str(stranger.file), "later"), ("", "acknowledged")):
+        encryption = Encryption(client_context(files, authorities), scp.host)
+        ((_, outcome),) = send(Peer("dcmtk", scp.ae_title, scp.host, scp.port, encryption), [parcel], **NETWORK)
+        assert outcome.kind == kind, outcome.text
+    assert _dataset_bytes(scp.files()[0]) == _dataset_bytes(parcel.path)
 
 
 def test_an_archive_that_takes_implicit_vr_alone_gets_the_same_content_re_encoded(
