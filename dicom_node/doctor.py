@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -17,8 +17,6 @@ from dicom_node.service import check_release, load_record
 from dicom_node.settings import Destination, Settings
 
 ECHO_TIMEOUT_S = 5.0
-RENEW = timedelta(days=30)
-"""Time left of our certificate below which it is to be renewed; of a short-lived one, a third of its life."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +147,8 @@ def check_tls(settings: Settings) -> tuple[bool, str]:
     now = datetime.now(UTC)
     tls.refuse_unfit(settings, now)
     own = tls.own_certificate(settings.tls)
-    left = own.valid_until - now
-    text = f"{own.subject}, valid until {own.valid_until:%Y-%m-%d}, in {left.days} days"
-    if left < min(RENEW, (own.valid_until - own.valid_from) / 3):
+    text = f"{own.subject}, valid until {own.valid_until:%Y-%m-%d}, in {(own.valid_until - now).days} days"
+    if own.ends_soon(now):
         return False, f"{text}: renew it, or callers will refuse it"
     return True, text + ("" if settings.tls.plain else "; no plain port")
 

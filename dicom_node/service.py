@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -319,11 +320,13 @@ def _ticks(house: House, wake: Callable[[], None]) -> "BackgroundScheduler":
         ("purge", lambda: _purge(house), 3600.0),
         ("checkpoint", lambda: _checkpoint(house), 3600.0),
         ("health", lambda: _health(house), 60.0),
+        ("certificate", lambda: warn_of_certificate(house.settings), 86_400.0),
     )
     for name, job, every_s in jobs:
         scheduler.add_job(_tick, "interval", (name, job, wake), seconds=every_s, id=name)
     # At once as well: after a kill or an old backup, objects may wait in the spool that the worklist does not know.
     scheduler.add_job(_tick, args=("start", lambda: _reconcile(house), wake), id="start")
+    scheduler.add_job(_tick, args=("certificate", lambda: warn_of_certificate(house.settings), wake), id="own")
     return scheduler
 
 
@@ -415,6 +418,16 @@ def _purge(house: House) -> bool:
     forgotten = worklist.forget(house.engine, storage.forget_days)
     if purged or forgotten:
         _log.info("purged", objects=purged, rows_forgotten=forgotten)
+    return False
+
+
+def warn_of_certificate(settings: Settings) -> bool:
+    """Alarm while there is time: a certificate that ends unseen stops reception and sending on one morning."""
+    if settings.tls.on:
+        own, now = tls.own_certificate(settings.tls), datetime.now(UTC)
+        if own.ends_soon(now):
+            left = (own.valid_until - now).days
+            _log.error("alarm", what="certificate_ends", at=own.valid_until.isoformat(), in_days=left)
     return False
 
 

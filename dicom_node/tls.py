@@ -8,7 +8,7 @@ found before anything listens or calls, and not the riddle of a handshake in the
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from dicom_node.errors import SettingsError
@@ -22,6 +22,10 @@ _SUITES = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"
 _WHENEVER = 0x200000
 
 
+RENEW = timedelta(days=30)
+"""Time left of our certificate below which it is to be renewed; of a short-lived one, a third of its life."""
+
+
 @dataclass(frozen=True, slots=True)
 class Own:
     """Our own certificate: whose it says it is, and when it is valid (UTC)."""
@@ -30,6 +34,10 @@ class Own:
     subject: str
     valid_from: datetime
     valid_until: datetime
+
+    def ends_soon(self, now: datetime) -> bool:
+        """Say whether it is time to renew it."""
+        return self.valid_until - now < min(RENEW, (self.valid_until - self.valid_from) / 3)
 
 
 def server_context(tls: TLS) -> ssl.SSLContext:

@@ -27,6 +27,7 @@ from dicom_node import spool, tls, worklist
 from dicom_node.doctor import check_tls
 from dicom_node.errors import SettingsError
 from dicom_node.receiver import Receiver
+from dicom_node.service import warn_of_certificate
 from dicom_node.settings import TLS, Settings
 from dicom_node.wake import Bell
 from pipeline.camera import examination, expose
@@ -471,7 +472,7 @@ def test_a_stop_does_not_wait_for_handshakes_that_never_end(node: Node, camera: 
         until(lambda: node.connections == 20)
         began = time.monotonic()
         node.receiver.stop()
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 8
         assert node.connections == 0
 
 
@@ -479,7 +480,7 @@ def test_an_idle_association_is_aborted_within_the_encryption(node: Node, camera
     assoc = node.associate(camera)
     began = time.monotonic()
     until(lambda: assoc.is_aborted)
-    assert time.monotonic() - began < IDLE_S + 3
+    assert time.monotonic() - began < IDLE_S + 6
 
 
 # --- our own files ----------------------------------------------------------------------------------------------------
@@ -573,10 +574,13 @@ def test_without_tls_nothing_is_refused() -> None:
     ],
     ids=["long", "soon over", "short-lived and fresh"],
 )
-def test_the_doctor_says_whose_our_certificate_is_and_when_it_ends(
+def test_the_doctor_says_whose_our_certificate_is_and_when_it_ends_and_the_node_warns(
     authority: Any, days: tuple[int, int], ok: bool, said: str
 ) -> None:
     settings = Settings.model_validate({"tls": files(authority.sign("REMNANT", days=days)).model_dump()})
     well, detail = check_tls(settings)
     assert well is ok
     assert said in detail
+    with capture_logs() as lines:
+        warn_of_certificate(settings)
+    assert [(line["event"], line["what"]) for line in lines] == ([] if ok else [("alarm", "certificate_ends")])
