@@ -23,7 +23,7 @@ judges: $(VENV)/.dev peers   ## Every kind of result before every validator, Pix
 	$(BIN)/python -m pytest -n $(WORKERS) -q tests/hospital/judges/full_matrix.py
 
 bench: $(VENV)/.dev peers   ## Measure speed and memory beside a peer
-	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/bench_scan_to_result.py tests/hospital/end_to_end/bench_receiving.py
+	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/bench_scan_to_result.py tests/pipeline/bench_analysis.py tests/hospital/end_to_end/bench_receiving.py
 
 soak: $(VENV)/.dev peers   ## Send thousands of objects through a node and look for what grows: SOAK_OBJECTS=10000 SOAK_MINUTES=240
 	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/soak_*.py

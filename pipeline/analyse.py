@@ -8,7 +8,8 @@ preprocessing (`WrongPreprocessing`), weights that are not what their record say
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,13 +47,7 @@ class WrongPreprocessing(Exception):  # noqa: N818  named for what it says, like
 
 
 def load_model(weights: str) -> LoadedModel:
-    """The network of a shipped name or a record's path, verified; raises `models.weights.WeightsError`.
-
-    From here on this process computes on one thread. Two views are too little work to share: a second thread saves
-    some 30 ms on an idle machine, and where another process holds its core, all threads wait for it at every layer
-    (measured beside one busy process on 2 cores: 3.5 s with two threads, 0.2 s with one).
-    """
-    torch.set_num_threads(1)
+    """The network of a shipped name or a record's path, verified; raises `models.weights.WeightsError`."""
     return load(weights)
 
 
@@ -209,7 +204,7 @@ def judge(model: LoadedModel, network_input: NDArray[np.float32], *, explained: 
     One at a time: in a batch the last bits of a logit depend on the images beside it.
     """
     batch = torch.from_numpy(np.array(network_input, np.float32))[None]
-    with torch.set_grad_enabled(explained):
+    with _one_thread(), torch.set_grad_enabled(explained):
         seen = judged(model.record.architecture, model.network, batch.requires_grad_(explained))
         logit = seen.logits[0, 1] - seen.logits[0, 0]
         if explained:
@@ -220,6 +215,22 @@ def judge(model: LoadedModel, network_input: NDArray[np.float32], *, explained: 
         distance=None if model.embedding is None else distance(seen.embedding[0].detach().numpy(), model.embedding),
         evidence=None if gradient is None else attribution(gradient[0].numpy(), np.asarray(network_input)),
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The network on one thread, whatever the process is set to: the same bits on any number of cores.
+
+    Two views are too little work to share: a second thread saves some 30 ms on an idle machine, and where another
+    process holds its core, all threads wait for it at every layer (measured beside one busy process on 2 cores: 3.5 s
+    with two threads, 0.2 s with one).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _evidence(answers: Sequence[Answer], images: Sequence[ViewImage], *, joint: bool) -> list[NDArray[np.float32]]:

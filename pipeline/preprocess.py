@@ -11,6 +11,7 @@ without a usable mask is handled by a named rule, and the name is in the result.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -195,7 +196,11 @@ def prepare_scan(
     chosen = ORDERS[order] if isinstance(order, str) else order
     if not views:
         raise ValueError("no view to prepare")
-    prepared = tuple(prepare(counts, spacing_mm, chosen, seed=seed) for counts, spacing_mm in views.values())
+    # A thread a view: GrabCut is half of an analysis and leaves Python's lock alone, and it draws from a generator that
+    # each thread has for itself, so that the same bits come out.
+    with ThreadPoolExecutor(len(views)) as threads:
+        begun = [threads.submit(prepare, counts, spacing, chosen, seed=seed) for counts, spacing in views.values()]
+        prepared = tuple(view.result() for view in begun)
     if chosen.joint:
         planes = _joined(dict(zip(views, prepared, strict=True)), chosen.size)[None]
     else:
