@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import WeightedRandomSampler
 
-from models.architectures import build, features, head
+from models.architectures import build, features, head, judged
 
 WEIGHT_DECAY: Final = 1e-5
 _KEPT_FEATURES: Final = 1 << 30
@@ -185,6 +185,16 @@ def logits(
             output = network(batch.to(device).contiguous(memory_format=torch.channels_last)).float()
             found.append((output[:, 1] - output[:, 0]).cpu().numpy())
     return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+def embeddings(network: nn.Module, images: Images, settings: TrainingSettings) -> NDArray[np.float32]:
+    """Features before the last layer, (N, D), of images before they are standardized."""
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(images), 64):
+            batch = standardized(images[start : start + 64], settings)
+            found.append(judged(settings.architecture, network, batch).embedding.numpy())
+    return np.concatenate(found)
 
 
 def _check(images: Images, labels: NDArray[np.uint8], settings: TrainingSettings) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
+from torch import nn
 
-from models import metrics, weights
+from models import embedding, metrics, weights
 from models.initial import InitialWeights
-from models.train import EpochReport, logits, train
+from models.train import EpochReport, TrainingSettings, embeddings, logits, single_view, train
 from pipeline.analyse import fused_logit, sigmoid
 from pipeline.evaluation import Figures, Scored, figures, score
 from pipeline.finding import ViewImage
@@ -167,7 +168,9 @@ def train_record(
     )
     draft = _record(prepared, learn, settings, plan, architecture, start)
     rounded = weights.load(str(weights.save(out / "draft", draft, network))).network
+    known = embedding.fit(_embeddings(rounded, planes, how, plan))
     planes = np.asarray(data.planes[choose])
+    held = [embedding.distance(row, known) for row in _embeddings(rounded, planes, how, plan)]
     found = logits(rounded, planes.reshape(-1, *planes.shape[2:]), how).astype(float).reshape(len(choose), inputs)
     labels = data.labels[choose]
     ways = ("views_as_channels",) if ORDERS[plan.preprocessing].joint else ("mean_logit", "mean_probability")
@@ -184,8 +187,11 @@ def train_record(
         threshold=threshold,
         undetermined_band=undetermined_band(probability, threshold, plan.undetermined),
         operating_point=_operating_point(labels, probability, threshold, plan),
+        training_range=dataclasses.replace(
+            draft.training_range, embedding_distance=round(max(held) * _margin(len(choose)), 3)
+        ),
     )
-    model = weights.load(str(weights.save(out / "draft", record, network)))
+    model = weights.load(str(weights.save(out / "draft", record, network, embedding=known)))
     scans = [prepared.scans[place] for place in test]
     scored = score(
         scans,
@@ -197,9 +203,25 @@ def train_record(
     record = dataclasses.replace(record, metrics=_metrics(measured, len(learn), len(choose)))
     used = sorted({prepared.scans[place].patient for place in (*learn, *choose)})
     _used_patients(out / f"{plan.name}.json").write_text(json.dumps(used, indent=1) + "\n", encoding="utf-8")
-    path = weights.save(out, record, network)
+    path = weights.save(out, record, network, embedding=known)
     shutil.rmtree(out / "draft")
     return Trained(path, weights.find(str(path)).record, scored, measured, len(learn), len(choose))
+
+
+def _embeddings(
+    network: nn.Module, planes: NDArray[Any], how: TrainingSettings, plan: TrainingPlan
+) -> NDArray[np.float32]:
+    """Features of all inputs of scans (P, K, 3, S, S); where views are channels, also as if one view had not come."""
+    images = planes.reshape(-1, *planes.shape[2:])
+    shown = [images]
+    if ORDERS[plan.preprocessing].joint:
+        shown += [single_view(images, view) for view in range(2)]
+    return embeddings(network, np.concatenate(shown), how)
+
+
+def _margin(scans: int) -> float:
+    """How much farther than the farthest of so many scans in scope another may lie: the fewer, the less they tell."""
+    return max(1.1, 1 + 2 / math.sqrt(scans))
 
 
 def _used_patients(record_path: Path) -> Path:

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from models import embedding, metrics, weights
-from models.architectures import judged
-from models.train import EpochReport, TrainingSettings, logits, single_view, standardized, train
+from models.train import EpochReport, TrainingSettings, embeddings, logits, single_view, train
 from pipeline import baseline
 from pipeline.analyse import analyse_views, fused_logit, load_model, sigmoid
 from pipeline.cohort import VIEWS, Cohort, CohortPlan, phantom_cohort
@@ -186,16 +185,6 @@ def _any_views(images: NDArray[Any]) -> NDArray[Any]:
     """A tenth of the pictures, each once with its anterior and once with its posterior view alone."""
     some = images[::10]
     return np.concatenate([single_view(some, view) for view in range(len(VIEWS))])
-
-
-def embeddings(network: nn.Module, images: NDArray[Any], settings: TrainingSettings) -> NDArray[np.float32]:
-    """Features before the last layer, (N, D), of images before they are standardized."""
-    found = []
-    with torch.inference_mode():
-        for start in range(0, len(images), 64):
-            batch = standardized(images[start : start + 64], settings)
-            found.append(judged(settings.architecture, network, batch).embedding.numpy())
-    return np.concatenate(found)
 
 
 def score_phantoms(plan: CohortPlan, record: Path, processes: int) -> tuple[Scored, ...]:

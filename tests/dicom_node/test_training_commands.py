@@ -3,12 +3,15 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from numpy.typing import NDArray
 from pydicom import dcmread
 from typer.testing import CliRunner
 
@@ -17,7 +20,9 @@ from dicom_node.errors import RemnantError, WrongUse
 from models import weights
 from models.architectures import build
 from pipeline.acceptance import Acceptance, Criterion, to_json
+from pipeline.analyse import analyse
 from pipeline.camera import examination, expose
+from pipeline.finding import Declined
 from pipeline.hospital_cohort import read_cohort
 from pipeline.phantom import phantom
 from pipeline.preprocess import PREPROCESSING_VERSION
@@ -89,6 +94,26 @@ def test_a_training_makes_a_whole_research_record_that_says_it_is_synthetic(made
     assert sum(counts) == RESIDUAL + CLEAN
     assert "test_auc" in record.metrics
     assert not (made / "training.pt").exists()
+
+
+def test_weights_of_a_hospital_know_how_far_a_scan_may_lie_from_those_they_were_made_of(made: Path) -> None:
+    model = weights.load(str(made / "ward-9.json"))
+    limit = model.record.training_range.embedding_distance
+    assert limit is not None
+    assert 1 < limit < 100
+
+    def answered(change: Callable[[NDArray[np.uint16]], None]) -> str:
+        scan = phantom(985_000)
+        change(scan.anterior)
+        change(scan.posterior)
+        outcome = analyse(expose(scan, examination(985_000), "two_frames"), model)
+        return outcome.reason if isinstance(outcome, Declined) else "answered"
+
+    def barred(counts: NDArray[np.uint16]) -> None:
+        counts[100:160:12] += 900
+
+    assert answered(lambda counts: None) == "answered"
+    assert answered(barred) == "out_of_training_range"
 
 
 def test_what_the_training_started_from_and_its_learning_rate_are_told(made: Path) -> None:
