@@ -11,11 +11,13 @@ import struct
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pydicom import Dataset
 from pydicom.uid import generate_uid
 
@@ -62,6 +64,23 @@ def test_receiving(
     print(f"peak memory of the receiver: {memory_mib(pid):.0f} MiB")
     huge(node.port)
     print(f"the same after 100 PDUs that claim 512 MiB: {memory_mib(pid):.0f} MiB")
+
+
+@pytest.mark.parametrize("senders", [100, 200])
+def test_many_senders_at_once(make_node: Callable[..., Any], all_at_once: Callable[..., Any], senders: int) -> None:
+    node = make_node().start("receive")
+    objects = []
+    for _ in range(senders):
+        (ds,) = expose(phantom(1), examination(1), "two_frames")
+        ds.SOPInstanceUID, ds.StudyInstanceUID = generate_uid(), generate_uid()
+        objects.append(ds)
+    calls = all_at_once(node.port, objects)
+    outcomes = Counter(call.outcome for call in calls)
+    took = sorted(call.took_s for call in calls if call.outcome == "status 0000")
+    print(f"\n{senders} senders at once: {dict(outcomes)}; seconds from call to Success: median"
+          f" {statistics.median(took):.2f}, p95 {took[int(0.95 * len(took))]:.2f}, longest {took[-1]:.2f}")  # fmt: skip
+    assert set(outcomes) <= {"status 0000", "transient rejection"}
+    assert len(node.rows()) == outcomes["status 0000"]
 
 
 def write(ds: Dataset, folder: Path) -> None:

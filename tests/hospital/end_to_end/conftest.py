@@ -3,19 +3,22 @@
 import json
 import os
 import signal
+import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydicom import Dataset
+from pynetdicom.dsutils import encode
 
 START_S = 120.0
 WAIT_S = 180.0  # far above what a quiet machine needs: a slow one is not a fault of the node
@@ -213,3 +216,90 @@ def camera(peer: Callable[[str], Path], tmp_path: Path) -> Callable[..., None]:
 def wait() -> Callable[..., Any]:
     """`wait(look, what)`: the first truthy value of `look`, within a bounded time."""
     return wait_for
+
+
+@dataclass(frozen=True)
+class Call:
+    """One sender's association: what became of it, and the seconds from the call to the answer to its object."""
+
+    outcome: str
+    took_s: float
+
+
+def _item(kind: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", kind, 0, len(content)) + content
+
+
+def _association_request(sop_class_uid: str) -> bytes:
+    """An A-ASSOCIATE-RQ for a class in Explicit VR Little Endian (PS3.8 9.3.2)."""
+    syntaxes = _item(0x30, sop_class_uid.encode()) + _item(0x40, b"1.2.840.10008.1.2.1")
+    user = _item(0x50, _item(0x51, struct.pack(">I", 131072)) + _item(0x52, b"1.2.3.4"))
+    content = b"\0\1\0\0" + b"REMNANT".ljust(16) + b"OPTIMA1".ljust(16) + bytes(32)
+    content += _item(0x10, b"1.2.840.10008.3.1.1.1") + _item(0x20, b"\1\0\0\0" + syntaxes) + user
+    return struct.pack(">BBI", 1, 0, len(content)) + content
+
+
+def _store_request(ds: Dataset) -> bytes:
+    """A C-STORE-RQ with its data set as P-DATA-TF PDUs (PS3.7 9.3.1.1, PS3.8 9.3.5)."""
+
+    def element(number: int, value: bytes) -> bytes:
+        return struct.pack("<HHI", 0, number, len(value)) + value
+
+    def uid(text: str) -> bytes:
+        return text.encode() + b"\0" * (len(text) % 2)
+
+    command = element(0x0002, uid(ds.SOPClassUID)) + element(0x0100, b"\1\0") + element(0x0110, b"\1\0")
+    command += element(0x0700, b"\0\0") + element(0x0800, b"\0\0") + element(0x1000, uid(ds.SOPInstanceUID))
+    command = element(0x0000, struct.pack("<I", len(command))) + command
+    data = encode(ds, is_implicit_vr=False, is_little_endian=True)
+    assert data is not None
+    pieces = [(0x03, command)]
+    pieces += [(0x02 if at + 65536 >= len(data) else 0, data[at : at + 65536]) for at in range(0, len(data), 65536)]
+    values = [struct.pack(">IBB", len(piece) + 2, 1, control) + piece for control, piece in pieces]
+    return b"".join(struct.pack(">BBI", 4, 0, len(value)) + value for value in values)
+
+
+@pytest.fixture(scope="session")
+def all_at_once() -> Callable[[int, Sequence[Dataset]], list[Call]]:
+    """Send each object in an association of its own, all at the same moment, on plain sockets: hundreds of a library's
+    callers would keep this machine busy with themselves."""
+
+    def call(port: int, request: bytes, message: bytes, start: threading.Barrier, calls: list[Call]) -> None:
+        start.wait()
+        began = time.monotonic()
+        outcome = "broken"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=120) as stream:
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream.sendall(request)
+            answer = stream.recv(4096)
+            if answer[:1] == b"\x03":
+                outcome = "transient rejection" if answer[7] == 2 else "rejected for good"
+            elif answer[:1] == b"\x02":
+                stream.sendall(message)
+                # The status is the element (0000,0900) of the response.
+                said = stream.recv(4096)
+                at = said.find(struct.pack("<HHI", 0, 0x0900, 2))
+                outcome = f"status {int.from_bytes(said[at + 8 : at + 10], 'little'):04X}" if at > 0 else "no status"
+                took_s = time.monotonic() - began
+                stream.sendall(struct.pack(">BBII", 5, 0, 4, 0))
+                stream.recv(16)
+                calls.append(Call(outcome, took_s))
+                return
+        calls.append(Call(outcome, time.monotonic() - began))
+
+    def send(port: int, objects: Sequence[Dataset]) -> list[Call]:
+        start = threading.Barrier(len(objects))
+        calls: list[Call] = []
+        senders = [
+            threading.Thread(
+                target=call, args=(port, _association_request(str(ds.SOPClassUID)), _store_request(ds), start, calls)
+            )
+            for ds in objects
+        ]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+        return calls
+
+    return send
