@@ -9,12 +9,10 @@ import multiprocessing
 import resource
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from dicom_node import log
@@ -147,12 +145,5 @@ def _serve(pipe: Connection, setup: Setup) -> None:
                         message, model, preprocessing=setup.preprocessing, require_views=setup.require_views
                     )
             except Exception as error:  # noqa: BLE001 - a fault of ours on this scan: the row learns of it, the child lives
-                reply = Ended(_place(error))
+                reply = Ended(log.place(error))
             pipe.send(reply)
-
-
-def _place(error: Exception) -> str:
-    """Say which error it was and where, without its text: the text of a parser's error may hold a patient's name."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    return f"{type(error).__name__}{where}"

@@ -436,7 +436,9 @@ def worklist_retry(row_id: RowId, config: Config = None) -> None:
 
     settings = load(config)
     with _Database(config) as engine:
+        whose = worklist.whose(engine, row_id)
         worklist.retry(engine, row_id)
+    _record(settings, "worklist retry", "U", f"analysis of row {row_id} asked for again", whose)
     store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
     Bell(store.run / "worker.bell").ring()
     typer.echo(f"row {row_id} is queued again")
@@ -457,6 +459,8 @@ def worklist_accept_identity(
     settings = load(config)
     with _Database(config) as engine:
         revision = worklist.accept_identity(engine, row_id, identity)
+        whose = worklist.whose(engine, row_id)
+    _record(settings, "worklist accept-identity", "U", f"identity accepted for row {row_id}", whose)
     store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
     Bell(store.run / "worker.bell").ring()
     typer.echo(f"row {row_id} is queued as revision {revision}, for the accepted identity")
@@ -470,7 +474,7 @@ def worklist_recall(
     config: Config = None,
 ) -> None:
     """Withdraw the results sent of a row: a Key Object Selection that rejects them goes wherever they went."""
-    from dicom_node import spool
+    from dicom_node import spool, worklist
     from dicom_node.recall import recall
     from dicom_node.wake import Bell
 
@@ -484,6 +488,8 @@ def worklist_recall(
         told = recall(
             engine, store, settings, row_id, why="safety" if code == "safety" else "quality", reason=reason.strip()
         )
+        whose = worklist.whose(engine, row_id)
+    _record(settings, "worklist recall", "U", f"results of row {row_id} withdrawn: {reason.strip()}", whose)
     Bell(store.run / "sender.bell").ring()
     typer.echo(f"row {row_id} is recalled; told: {', '.join(told)}")
 
@@ -672,13 +678,16 @@ def quarantine_show(
 @quarantine_app.command("release")
 def quarantine_release(which: Quarantined, config: Config = None) -> None:
     """Put an object to work: it takes the place of the one whose UID it has, as a new revision."""
-    from dicom_node import quarantine, spool
+    from dicom_node import quarantine, spool, worklist
     from dicom_node.wake import Bell
 
     settings = load(config)
     store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
     with _Database(config) as engine:
         receipt = quarantine.release(engine, store, settings, which)
+        whose = worklist.whose(engine, receipt.scan_id)
+    text = f"object {which} released from quarantine into row {receipt.scan_id}"
+    _record(settings, "quarantine release", "U", text, whose)
     Bell(store.run / "worker.bell").ring()
     typer.echo(f"released into row {receipt.scan_id}, which is {receipt.state}")
 
@@ -697,7 +706,9 @@ def quarantine_discard(
     settings = load(config)
     store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
     with _Database(config) as engine:
+        whose = quarantine.whose(engine, quarantine.one_held(engine, store, which))
         quarantine.discard(engine, store, which, reason.strip())
+    _record(settings, "quarantine discard", "D", f"object {which} removed from quarantine: {reason.strip()}", whose)
     typer.echo("discarded")
 
 
@@ -893,6 +904,13 @@ def _start(config: Path | None, role: str) -> Settings:
     settings = load(config)
     log.set_up(as_json=settings.log.json_lines, role=role)
     return settings
+
+
+def _record(settings: Settings, command: str, action: Any, why: str, whose: Any) -> None:
+    """Tell the audit record repository what a person did."""
+    from dicom_node.audit import Recorder
+
+    Recorder(settings, f"remnant {command}").acted(action, why, whose)
 
 
 class _Database:

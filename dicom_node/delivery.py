@@ -14,13 +14,15 @@ import threading
 import time
 from typing import Literal
 
-from pydicom.uid import UID
+from pydicom.uid import UID, ImplicitVRLittleEndian
 from sqlalchemy import Engine
 
 from dicom_node import log, worklist
+from dicom_node.audit import Query, Recorder
 from dicom_node.chain import ChainError, next_object
+from dicom_node.contexts import STUDY_ROOT_FIND
 from dicom_node.errors import SettingsError, StorageError
-from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, find_studies, send
+from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, encoded_query, find_studies, send
 from dicom_node.settings import Destination, Settings
 from dicom_node.spool import Spool
 from dicom_node.tls import encryption_to
@@ -53,11 +55,14 @@ def peer_of(settings: Settings, destination: Destination) -> Peer:
 class Sender:
     """Sends results until it is stopped."""
 
-    def __init__(self, settings: Settings, engine: Engine, store: Spool, *, owner: str) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, store: Spool, *, owner: str, recorder: Recorder | None = None
+    ) -> None:
         self._settings = settings
         self._engine = engine
         self._spool = store
         self._owner = owner
+        self._recorder = recorder or Recorder(settings, "remnant send")
         self._bell = Bell(store.run / "sender.bell")
         self._rung = {destination.name: threading.Event() for destination in settings.destinations}
 
@@ -157,6 +162,11 @@ class Sender:
             acse_timeout_s=timeout_s,
             dimse_timeout_s=timeout_s,
         )
+        for study, answer in answers.items():
+            failure = answer if isinstance(answer, Outcome) else None
+            if failure is None or failure.status is not None:  # it was asked
+                query = Query(STUDY_ROOT_FIND, ImplicitVRLittleEndian, encoded_query(study))
+                self._recorder.queried(destination, query, failure.text if failure else "")
         may_go = []
         for delivery in due:
             if delivery.kind == "kos":
@@ -179,6 +189,8 @@ class Sender:
                     differing=differing[0],
                 )
                 if held:
+                    text = f"the archive knows the study with another {', '.join(differing[0])}"
+                    self._recorder.identity_changed(text, delivery.whose, destination.ae_title)
                     _log.error(
                         "identity_changed",
                         scan=delivery.scan_id,
@@ -221,6 +233,13 @@ class Sender:
             error=outcome.warning or (None if state == "acknowledged" else outcome.text),
             delay_s=delay_s,
         )
+        if state != "pending":
+            failure = "" if state == "acknowledged" else outcome.text
+            self._recorder.sent(delivery.whose, delivery.sop_class_uid, destination, failure)
+        if outcome.unauthenticated:
+            self._recorder.not_authenticated(
+                outcome.text, address=destination.host, ae_title=destination.ae_title
+            )  # fmt: skip
         speak = _log.info if state == "acknowledged" and not outcome.warning else _log.warning
         if outcome.alarm or state in ("refused", "given_up"):
             speak = _log.error

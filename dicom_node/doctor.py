@@ -9,12 +9,15 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from dicom_node import tls, worklist
+from dicom_node.audit import spool_of
+from dicom_node.audit.repository import reach
 from dicom_node.contexts import REPORT_CHAIN, RESULT_CLASSES
 from dicom_node.delivery import peer_of
 from dicom_node.errors import RemnantError, SettingsError
 from dicom_node.sender import accepted_classes, echo
 from dicom_node.service import check_release, load_record
 from dicom_node.settings import Destination, Settings
+from dicom_node.transport.secure import why
 
 ECHO_TIMEOUT_S = 5.0
 
@@ -153,6 +156,23 @@ def check_tls(settings: Settings) -> tuple[bool, str]:
     return True, text + ("" if settings.tls.plain else "; no plain port")
 
 
+def check_audit(settings: Settings) -> tuple[bool, str]:
+    """Say whether the audit record repository can be reached, and what waits for it. Raises SettingsError."""
+    if not settings.audit.on:
+        return True, "off: nobody is told who sent or read what"
+    held = spool_of(settings)
+    left, waiting = held.left_out(), held.bytes_waiting()
+    text = f"{waiting / 2**20:.1f} of {int(settings.audit.max_spool) / 2**20:.0f} MiB wait"
+    if left is not None:
+        return False, f"{text}; {left.count} messages were left out since {left.since}: {left.why}"
+    try:
+        reach(settings)
+    except OSError as error:
+        return False, f"{text}; {settings.audit.host} port {settings.audit.port}: {why(error)}"
+    return True, f"{text}; " + ("sent by UDP, which nobody confirms" if settings.audit.transport == "udp" else
+                                "the repository answers")  # fmt: skip
+
+
 def _database(settings: Settings) -> tuple[bool, str]:
     url = settings.database_url
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
@@ -192,6 +212,7 @@ _LOOKS: tuple[tuple[str, Callable[[Settings], tuple[bool, str]]], ...] = (
     ("disk", _disk),
     ("database", _database),
     ("TLS", check_tls),
+    ("audit", check_audit),
     ("weights", _weights),
     ("release", _release),
 )

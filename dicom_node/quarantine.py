@@ -19,6 +19,7 @@ from dicom_node.errors import StorageError
 from dicom_node.reconcile import enter, read_orphan, rules_of
 from dicom_node.settings import Settings
 from dicom_node.spool import Spool
+from dicom_node.whose import Identity
 from dicom_node.worklist.clock import text_of
 from pipeline.views import HEADER_LIMIT, HeaderFacts, UnreadableHeader, header_facts
 
@@ -119,6 +120,22 @@ def _facts(one: Held) -> HeaderFacts | str:
         return header_facts(header, one.transfer_syntax_uid)
     except (StorageError, UnreadableHeader) as error:
         return str(error)
+
+
+def whose(engine: Engine, one: Held) -> Identity:
+    """Whose an object is: its row's identity, else its header's, empty where that cannot be read."""
+    if one.scan_id is not None:
+        return worklist.whose(engine, one.scan_id)
+    facts = _facts(one)
+    if isinstance(facts, str):
+        return Identity("", "", "", "", "")
+    return Identity(
+        facts.study_instance_uid,
+        facts.patient_id,
+        facts.issuer_of_patient_id,
+        facts.patient_name,
+        facts.accession_number,
+    )
 
 
 def release(engine: Engine, store: Spool, settings: Settings, which: str) -> worklist.Receipt:

@@ -14,6 +14,7 @@ from ipaddress import ip_address, ip_network
 from sqlalchemy import Engine
 
 from dicom_node import log, spool, worklist
+from dicom_node.audit import Recorder
 from dicom_node.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, accepted_contexts
 from dicom_node.errors import RemnantError
 from dicom_node.part10 import part_10_header
@@ -23,6 +24,7 @@ from dicom_node.tls import server_context
 from dicom_node.transport import C_STORE_RQ, Door, Limits, Peer, Refusal, Request, Server, Service, listen
 from dicom_node.uids import valid_uid
 from dicom_node.wake import Bell
+from dicom_node.whose import Identity
 from pipeline.views import UnreadableHeader, header_facts
 
 SUCCESS = 0x0000
@@ -47,8 +49,11 @@ _log = log.get("receiver")
 class Receiver:
     """The listening side of the node; lives from `start` to `stop`."""
 
-    def __init__(self, settings: Settings, engine: Engine, store: Spool, worker_bell: Bell) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, store: Spool, worker_bell: Bell, recorder: Recorder | None = None
+    ) -> None:
         self._settings = settings
+        self._recorder = recorder or Recorder(settings, "remnant receive")
         self._engine = engine
         self._spool = store
         self._worker_bell = worker_bell
@@ -60,6 +65,7 @@ class Receiver:
             timezone=settings.zone,
         )
         self._server: Server | None = None
+        self._refusals = log.Pace()
 
     def start(self) -> tuple[str, int]:
         """Listen; return the address really bound, of the plain port if there is one. Raises RemnantError."""
@@ -82,6 +88,7 @@ class Receiver:
             ),
             admit=self._admit,
             handlers={C_STORE_RQ: self._on_store},
+            heed=self._recorder.heed,
         )
         try:
             self._server = server = listen(doors, service)
@@ -106,6 +113,9 @@ class Receiver:
         """Stop accepting, let a C-STORE under way come to its status, abort what remains: within about 10 s."""
         if self._server is not None:
             self._server.stop(_STOP_S)
+        unsaid = self._refusals.rest()
+        if unsaid:
+            _log.warning("store_refused", lines_left_out=unsaid)
 
     def _admit(self, peer: Peer) -> Refusal | None:
         if peer.called_ae_title != self._settings.node.ae_title:
@@ -120,18 +130,25 @@ class Receiver:
         except RemnantError as error:
             status = OUT_OF_RESOURCES if error.retry else PROCESSING_FAILURE
             fields = {"error": str(error)}
-        except Exception:  # noqa: BLE001 - whatever it was, the peer gets a status, its queue goes on, and we get a trace
-            _log.exception("store_failed", sop_instance_uid=request.sop_instance_uid)
-            return PROCESSING_FAILURE
-        speak = _log.info if status == SUCCESS else _log.warning
-        speak(
-            "stored" if status == SUCCESS else "store_refused",
-            sop_instance_uid=request.sop_instance_uid,
-            source_aet=request.peer.calling_ae_title,
-            status=f"{status:04X}",
-            took_ms=round(1000 * (time.monotonic() - started), 1),
+        except Exception as error:  # noqa: BLE001 - whatever it was, the peer gets a status, its queue goes on
+            status, fields = PROCESSING_FAILURE, {"exc_info": error}
+        said = {
+            "sop_instance_uid": request.sop_instance_uid,
+            "source_aet": request.peer.calling_ae_title,
+            "status": f"{status:04X}",
+            "took_ms": round(1000 * (time.monotonic() - started), 1),
             **fields,
-        )
+        }
+        if status == SUCCESS:
+            _log.info("stored", **said)
+            return status
+        # One association can be refused as often as it likes: it must not fill the disk of the log.
+        unsaid = self._refusals.admit()
+        if unsaid is not None:
+            said |= {"lines_left_out": unsaid} if unsaid else {}
+            (_log.error if "exc_info" in fields else _log.warning)(
+                "store_failed" if "exc_info" in fields else "store_refused", **said
+            )
         return status
 
     def _take(self, request: Request) -> tuple[int, dict[str, object]]:
@@ -161,7 +178,18 @@ class Receiver:
         )
         if receipt.queued:
             self._worker_bell.ring()
+        whose = Identity(
+            facts.study_instance_uid,
+            facts.patient_id,
+            facts.issuer_of_patient_id,
+            facts.patient_name,
+            facts.accession_number,
+        )
+        self._recorder.received(whose, class_uid, request.peer, new=receipt.new)
         for alarm in receipt.alarms:
+            if alarm == "patient_differs_in_study":
+                text = "another patient's object carries this StudyInstanceUID"
+                self._recorder.identity_changed(text, whose, request.peer.calling_ae_title)
             _log.warning("alarm", what=alarm, scan=receipt.scan_id, study=facts.study_instance_uid)
         return SUCCESS, {"scan": receipt.scan_id, "state": receipt.state, "new": receipt.new}
 

@@ -26,6 +26,7 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
+from pynetdicom.dsutils import encode
 from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.presentation import PresentationContext, build_context
 
@@ -84,6 +85,7 @@ class Outcome:
     the archive does not take this class, try the next object of the fallback chain. status: the DIMSE status, None
     where there was no response. text: one phrase for a person, safe to log. alarm: a person should look now. warning:
     of an acknowledged object (Bxxx), safe to log. comment: Error Comment of the peer, may hold identity, never logged.
+    unauthenticated: one end did not believe the other who it is, by its AE title or its certificate.
     """
 
     kind: Kind
@@ -92,6 +94,7 @@ class Outcome:
     alarm: bool = False
     warning: str = ""
     comment: str = field(default="", repr=False)
+    unauthenticated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,14 +485,15 @@ class _Line:
             reason = REJECTION_REASONS.get(given, f"source {given[0]}, reason {given[1]}")
             if self._rejection.result == 0x01:
                 text = f"association rejected for good, calling {peer.ae_title} as {calling_ae_title}: {reason}"
-                return Outcome("later", None, text, alarm=True)
+                return Outcome("later", None, text, alarm=True, unauthenticated=True)
             return Outcome("later", None, f"association rejected for now: {reason}")
         if assoc.rejected_contexts:
             return Outcome("rejected_context", None, "the archive takes none of the SOP classes proposed")
         if self._encrypting is not None and (fault := self._encrypting.fault) is not None:
             # A person has to mend a certificate; an archive that restarts in the middle of it mends itself.
             passing = isinstance(fault, (TimeoutError, ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError))
-            return Outcome("later", None, f"no TLS with {_where(peer)}: {why(fault)}", alarm=not passing)
+            text = f"no TLS with {_where(peer)}: {why(fault)}"
+            return Outcome("later", None, text, alarm=not passing, unauthenticated=not passing)
         if self._connection is None:
             return Outcome("later", None, f"no connection to {_where(peer)}")
         refusal = ", which may mean our certificate" if self._encrypting else ""
@@ -586,6 +590,11 @@ def _study_query(study_instance_uid: str) -> Dataset:
     for keyword in _ASKED:
         setattr(query, keyword, "")
     return query
+
+
+def encoded_query(study_instance_uid: str) -> bytes:
+    """Return the identifier of `find_studies` for one study, in Implicit VR Little Endian, for whoever keeps record."""
+    return encode(_study_query(study_instance_uid), is_implicit_vr=True, is_little_endian=True) or b""
 
 
 _ASKED = ("PatientID", "IssuerOfPatientID", "PatientName", "AccessionNumber", "PatientBirthDate", "PatientSex")

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Literal
 
 from sqlalchemy import Engine
 
-from dicom_node import log, quarantine, reconcile, spool, tls, worklist
+from dicom_node import audit, log, quarantine, reconcile, spool, tls, worklist
+from dicom_node.audit.repository import Repository
 from dicom_node.errors import RemnantError, SettingsError
 from dicom_node.settings import Settings
 from dicom_node.spool import Spool
@@ -61,16 +62,17 @@ class House:
     settings: Settings
     engine: Engine
     spool: Spool
+    recorder: audit.Recorder
 
 
-def open_house(settings: Settings) -> House:
+def open_house(settings: Settings, what: str = "remnant serve") -> House:
     """Open spool and worklist, bringing the schema up to date. Raises RemnantError."""
     store = spool.open_spool(settings.storage.directory, int(settings.storage.min_free))
     engine = worklist.open_worklist(settings.database_url, busy_timeout_s=settings.database.busy_timeout_s)
     if not worklist.schema_is_current(engine):
         with _lock(store.run / "upgrade.lock", wait_s=_LOCK_WAIT_S, what="the database upgrade"):
             worklist.upgrade(engine)
-    return House(settings=settings, engine=engine, spool=store)
+    return House(settings=settings, engine=engine, spool=store, recorder=audit.Recorder(settings, what))
 
 
 def refuse_damage(engine: Engine) -> None:
@@ -117,7 +119,7 @@ def run_receiver(settings: Settings, *, supervised: bool) -> None:
         tls.refuse_unfit(settings)
     with _role("receive", settings, supervised=supervised) as (house, stop):
         _clear_unfinished(house, house.spool.incoming)
-        receiver = Receiver(settings, house.engine, house.spool, Bell(house.spool.run / "worker.bell"))
+        receiver = Receiver(settings, house.engine, house.spool, Bell(house.spool.run / "worker.bell"), house.recorder)
         host, port = receiver.start()
         secured = {"tls_port": receiver.tls_port} if settings.tls.on else {}
         _announce(house.spool, "receive", host=host, port=port, **secured)
@@ -132,7 +134,14 @@ def run_worker(settings: Settings, *, supervised: bool) -> None:
     check_release(settings, load_record(settings))
     with _role("work", settings, supervised=supervised) as (house, stop):
         _clear_unfinished(house, house.spool.rendering)
-        worker = Worker(settings, house.engine, house.spool, owner=_owner("work", settings), boot=secrets.token_hex(8))
+        worker = Worker(
+            settings,
+            house.engine,
+            house.spool,
+            owner=_owner("work", settings),
+            boot=secrets.token_hex(8),
+            recorder=house.recorder,
+        )
         ticks = _ticks(house, worker.wake)
         ticks.start()
         try:
@@ -158,9 +167,28 @@ def run_sender(settings: Settings, *, supervised: bool) -> None:
     if not supervised:
         tls.refuse_unfit(settings)
     with _role("send", settings, supervised=supervised) as (house, stop):
-        sender = Sender(settings, house.engine, house.spool, owner=_owner("send", settings))
-        _announce(house.spool, "send")
-        sender.run(stop)
+        sender = Sender(
+            settings, house.engine, house.spool, owner=_owner("send", settings), recorder=house.recorder
+        )  # fmt: skip
+        with _to_repository(settings, stop):
+            _announce(house.spool, "send")
+            sender.run(stop)
+
+
+@contextmanager
+def _to_repository(settings: Settings, stop: threading.Event) -> Iterator[None]:
+    """Take audit messages to their repository meanwhile, in a thread of its own: no archive waits for it."""
+    if not settings.audit.on:
+        yield
+        return
+    repository = Repository(settings, audit.spool_of(settings))
+    thread = threading.Thread(target=repository.run, args=(stop,), name="audit")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 RUN: dict[Role, Callable[..., None]] = {"receive": run_receiver, "work": run_worker, "send": run_sender}
@@ -224,11 +252,13 @@ def _role(role: Role, settings: Settings, *, supervised: bool) -> Iterator[tuple
     _stop_on_signals(stop)
     if supervised:
         threading.Thread(target=_stop_with_supervisor, args=(stop,), name="supervisor", daemon=True).start()
-    house = open_house(settings)
+    house = open_house(settings, f"remnant {role}")
     if not supervised:
         refuse_damage(house.engine)
     with _lock(house.spool.run / f"{role}.lock", wait_s=_LOCK_WAIT_S, what=f"the role {role} of this storage folder"):
+        house.recorder.started()
         yield house, stop
+        house.recorder.stopped()
         (house.spool.run / f"{role}.json").unlink(missing_ok=True)
     house.engine.dispose()
 

@@ -273,7 +273,35 @@ class TLS(_Section):
 
 
 class Audit(_Section):
-    """Audit messages. Not built yet; the section may stand empty."""
+    """Audit messages to a repository: DICOM PS3.15 A.5 over syslog. Omitted: off."""
+
+    host: str = ""
+    """Host name or address of the audit record repository. Empty: no audit messages."""
+    port: Port = 6514
+    """Its port; 6514 is the registered one of syslog over TLS, 601 over TCP, 514 over UDP."""
+    transport: Literal["tls", "tcp", "udp"] = "tls"
+    """"tls" (RFC 5425), "tcp" (RFC 6587, octet counting) or "udp" (RFC 5426). Messages name patients: the last two go
+    to this machine only, as to a relay that runs on it. UDP loses messages and nobody notices."""
+    authorities: str = ""
+    """PEM file of the authorities that may have signed its certificate; empty: `tls.authorities`."""
+    certificate: str = ""
+    """PEM file of the certificate we show it; empty: `tls.certificate`."""
+    key: str = ""
+    """PEM file of that certificate's key; empty: `tls.key`."""
+    server_name: str = ""
+    """The name or address that its certificate must bear; empty: `host`."""
+    source_id: str = ""
+    """Who we are in the messages (AuditSourceID); empty: `node.ae_title`."""
+    site_id: str = ""
+    """The hospital in the messages (AuditEnterpriseSiteID); empty: left out."""
+    max_spool: Size = ByteSize(256 * 1024**2)
+    """Longest spool while the repository is away; 100,000 to 200,000 messages. Beyond it messages are left out and
+    counted, with an alarm: receiving and sending go on."""
+
+    @property
+    def on(self) -> bool:
+        """Whether there are audit messages."""
+        return bool(self.host)
 
 
 class Web(_Section):
@@ -358,6 +386,26 @@ class Settings(BaseSettings):
                 raise ValueError(f"destinations.{number} asks for TLS, and the section [tls] has no certificate")
             if not destination.tls and (destination.authorities or destination.server_name):
                 raise ValueError(f"destinations.{number} says whose certificate it has, and not tls = true")
+        return self
+
+    @model_validator(mode="after")
+    def _audit_is_whole(self) -> "Settings":
+        audit = self.audit
+        if not audit.on:
+            return self
+        if audit.transport != "tls":
+            if not _is_loopback(audit.host):
+                raise ValueError(
+                    f'audit.transport = "{audit.transport}" may reach this machine only, because messages name'
+                    ' patients; use "tls", or a relay here'
+                )
+            return self
+        if bool(audit.certificate) != bool(audit.key):
+            raise ValueError(f"audit needs audit.{'key' if audit.certificate else 'certificate'} too")
+        if not (audit.certificate or self.tls.on):
+            raise ValueError("audit over TLS needs audit.certificate and audit.key, or those of [tls]")
+        if not (audit.authorities or self.tls.on):
+            raise ValueError("audit over TLS needs audit.authorities, or those of [tls]")
         return self
 
     @property

@@ -51,12 +51,15 @@ def server_context(tls: TLS) -> ssl.SSLContext:
     return context
 
 
-def client_context(tls: TLS, authorities: str = "", key: str = "tls.authorities") -> ssl.SSLContext:
+def client_context(
+    tls: TLS, authorities: str = "", key: str = "tls.authorities", section: str = "tls"
+) -> ssl.SSLContext:
     """Return what a sender shakes hands with; `authorities`, else ours, must have signed the archive's certificate.
 
-    `key` names the setting in an error. The archive's name is checked against its certificate. Raises SettingsError.
+    `key` and `section` name the settings in an error. The archive's name is checked against its certificate. Raises
+    SettingsError.
     """
-    context = _context(ssl.PROTOCOL_TLS_CLIENT, tls)
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, tls, section)
     _know(context, authorities or tls.authorities, key)
     context.options |= ssl.OP_NO_TICKET
     return context
@@ -69,6 +72,17 @@ def encryption_to(settings: Settings, destination: Destination) -> Encryption | 
     key = f"the authorities of destination {destination.name}" if destination.authorities else "tls.authorities"
     context = client_context(settings.tls, destination.authorities, key)
     return Encryption(context, destination.server_name or destination.host)
+
+
+def encryption_to_repository(settings: Settings) -> Encryption:
+    """Return how the audit record repository is called. Raises SettingsError."""
+    audit, tls = settings.audit, settings.tls
+    section = "tls"
+    if audit.certificate:
+        section, tls = "audit", tls.model_copy(update={"certificate": audit.certificate, "key": audit.key})
+    key = "audit.authorities" if audit.authorities else "tls.authorities"
+    context = client_context(tls, audit.authorities, key, section)
+    return Encryption(context, audit.server_name or audit.host)
 
 
 def own_certificate(tls: TLS) -> Own:
@@ -102,6 +116,8 @@ def own_certificate(tls: TLS) -> Own:
 def refuse_unfit(settings: Settings, now: datetime | None = None) -> None:
     """Refuse a certificate that no peer would take, and files that cannot be read. Raises SettingsError."""
     tls = settings.tls
+    if settings.audit.on and settings.audit.transport == "tls":
+        encryption_to_repository(settings)
     if not tls.on:
         return
     server_context(tls)
@@ -116,19 +132,19 @@ def refuse_unfit(settings: Settings, now: datetime | None = None) -> None:
         raise SettingsError(f"tls.certificate: {tls.certificate} has expired on {own.valid_until:%Y-%m-%d %H:%M} UTC.")
 
 
-def _context(side: int, tls: TLS) -> ssl.SSLContext:
+def _context(side: int, tls: TLS, section: str = "tls") -> ssl.SSLContext:
     context = ssl.SSLContext(side)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(_SUITES)
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.verify_mode = ssl.CERT_REQUIRED
-    _refuse_open_key(tls.key)
-    _opened(tls.certificate, "tls.certificate")
+    _refuse_open_key(tls.key, f"{section}.key")
+    _opened(tls.certificate, f"{section}.certificate")
     try:
         # A key with a pass phrase would ask for it on a terminal that nobody sits at.
         context.load_cert_chain(tls.certificate, tls.key, password="")
     except ssl.SSLError as error:
-        raise SettingsError(_bad_pair(tls, error)) from error
+        raise SettingsError(_bad_pair(tls, section, error)) from error
     return context
 
 
@@ -149,25 +165,26 @@ def _opened(path: str, key: str) -> None:
         raise SettingsError(f"{key}: {path} cannot be read: {error.strerror or error}.") from error
 
 
-def _refuse_open_key(path: str) -> None:
-    _opened(path, "tls.key")
+def _refuse_open_key(path: str, key: str) -> None:
+    _opened(path, key)
     mode = Path(path).stat().st_mode
     if mode & 0o007:
         raise SettingsError(
-            f"tls.key: every user of this machine may open {path} (mode {mode & 0o777:04o}): chmod 0600, and make a new"
+            f"{key}: every user of this machine may open {path} (mode {mode & 0o777:04o}): chmod 0600, and make a new"
             " key if it may have been read."
         )
 
 
-def _bad_pair(tls: TLS, error: ssl.SSLError) -> str:
+def _bad_pair(tls: TLS, section: str, error: ssl.SSLError) -> str:
+    certificate, key = f"{section}.certificate: {tls.certificate}", f"{section}.key: {tls.key}"
     match error.reason:
         case "KEY_VALUES_MISMATCH" | "KEY_TYPE_MISMATCH" | "NO_CERTIFICATE_ASSIGNED":
-            return f"tls.key: {tls.key} is not the key of the certificate {tls.certificate}."
+            return f"{key} is not the key of the certificate {tls.certificate}."
         case "EE_KEY_TOO_SMALL" | "CA_KEY_TOO_SMALL" | "CA_MD_TOO_WEAK":
-            return f"tls.certificate: {tls.certificate} is too weak; take RSA of 2048 bits or an elliptic curve."
+            return f"{certificate} is too weak; take RSA of 2048 bits or an elliptic curve."
     if b"ENCRYPTED" in Path(tls.key).read_bytes():
-        return f"tls.key: {tls.key} has a pass phrase, and nobody sits there to type it; take the key without one."
-    return f"tls.certificate: {tls.certificate} or tls.key: {tls.key} is no PEM file ({error.reason or error})."
+        return f"{key} has a pass phrase, and nobody sits there to type it; take the key without one."
+    return f"{certificate} or {key} is no PEM file ({error.reason or error})."
 
 
 def _done(step: Callable[[], None]) -> bool:

@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 
 from dicom_node import log, spool, worklist
 from dicom_node.analyst import Analyst
+from dicom_node.audit import Recorder
 from dicom_node.messages import Abandoned, Answer, Comparison, Ended, Provenance, Rendered, Setup, Task, Wanted
 from dicom_node.settings import Destination, Settings
 from dicom_node.spool import Spool
@@ -35,8 +36,18 @@ _log = log.get("worker")
 class Worker:
     """Claims and finishes acquisitions until it is stopped."""
 
-    def __init__(self, settings: Settings, engine: Engine, store: Spool, *, owner: str, boot: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        store: Spool,
+        *,
+        owner: str,
+        boot: str,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._settings = settings
+        self._recorder = recorder or Recorder(settings, "remnant work")
         self._engine = engine
         self._spool = store
         self._owner = owner
@@ -231,9 +242,17 @@ class Worker:
                 _log.error("comparison_ended", sop_instance_uid=version.sop_instance_uid, why=reply.why)
                 reply = "other_pixels"
             worklist.judge_version(self._engine, version.instance_id, reply)
+            if reply == "identity_changed":
+                self._note_identity(version.sop_instance_uid)
             speak = _log.info if reply == "same_content" else _log.warning
             speak("version_judged", sop_instance_uid=version.sop_instance_uid, verdict=reply)
         return bool(pending)
+
+    def _note_identity(self, sop_instance_uid: str) -> None:
+        scan_id = worklist.scan_of(self._engine, sop_instance_uid)
+        if scan_id is not None:
+            text = "the same image arrived with another identity"
+            self._recorder.identity_changed(text, worklist.whose(self._engine, scan_id), "remnant work")
 
 
 def setup_of(settings: Settings) -> Setup:

@@ -29,7 +29,9 @@ def peer() -> Callable[[str], Path]:
     def find(program: str) -> Path:
         found = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
         if found is None:
-            message = f"{program} is not installed: `make peers` (apt: dcmtk, orthanc, postgresql, sqlite3, chromium)"
+            message = (
+                f"{program} is not installed: `make peers` (dcmtk, orthanc, postgresql, sqlite3, chromium, rsyslog)"
+            )
             if os.environ.get("CI"):
                 pytest.fail(message)
             pytest.skip(message)

@@ -126,7 +126,7 @@ class Service:
     """What the called side offers.
 
     `admit` decides on a peer, `handlers` map a Command Field to what answers it with a status (C-ECHO is answered
-    without one).
+    without one). `heed` hears of everything that is reported to the log, also where the log leaves it out.
     """
 
     contexts: Sequence[PresentationContext]
@@ -135,6 +135,7 @@ class Service:
     limits: Limits
     admit: Callable[[Peer], Refusal | None]
     handlers: Mapping[int, Callable[[Request], int]]
+    heed: Callable[[str, Mapping[str, object]], None] = lambda _event, _fields: None
 
 
 class House(Protocol):
@@ -346,6 +347,7 @@ class Connection:
             called=peer.called_ae_title,
             address=peer.address,
             why=refusal.why,
+            for_good=refusal.result == 1,
         )
         self._happen(Event.REJECT, refusal)
 

@@ -25,7 +25,6 @@ _BACKLOG = 1024
 _RECEIVE_BUFFER = 256 * 1024
 """Bytes the kernel keeps for a connection that we do not read: otherwise it grows to megabytes each."""
 
-_LINES_AT_ONCE, _LINES_PER_S = 30.0, 1.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _BREATH_S = 0.05
 
@@ -54,9 +53,7 @@ class Server:
         self._parting: set[Connection] = set()
         self._by_address: Counter[str] = Counter()
         self._by_title: Counter[str] = Counter()
-        self._lines = _LINES_AT_ONCE
-        self._lines_at = time.monotonic()
-        self._unsaid = 0
+        self._pace = log.Pace()
         self._breath = threading.Event()
         self._acceptors = [
             threading.Thread(target=self._accept, args=door, name="acceptor", daemon=True) for door in listeners
@@ -111,6 +108,9 @@ class Server:
             for connection in open_ones:
                 connection.cut()
             _joined(open_ones, 1.0)
+        unsaid = self._pace.rest()
+        if unsaid:
+            _log.warning("lines_left_out", count=unsaid)
 
     # --- what connections call ----------------------------------------------------------------------------------------
 
@@ -144,16 +144,10 @@ class Server:
 
     def report(self, event: str, **fields: object) -> None:
         """Write a warning, unless there were too many; the next one says how many were left out."""
-        with self._lock:
-            now = time.monotonic()
-            self._lines = min(_LINES_AT_ONCE, self._lines + (now - self._lines_at) * _LINES_PER_S)
-            self._lines_at = now
-            if self._lines < 1:
-                self._unsaid += 1
-                return
-            self._lines -= 1
-            unsaid, self._unsaid = self._unsaid, 0
-        _log.warning(event, **fields, **({"lines_left_out": unsaid} if unsaid else {}))
+        self.service.heed(event, fields)
+        unsaid = self._pace.admit()
+        if unsaid is not None:
+            _log.warning(event, **fields, **({"lines_left_out": unsaid} if unsaid else {}))
 
     # --- the accepting threads ----------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from dicom_node.worklist.history import (
     verify_events,
     verify_history,
 )
-from dicom_node.worklist.identities import accept_identity, hold_identity
+from dicom_node.worklist.identities import accept_identity, hold_identity, whose
 from dicom_node.worklist.intake import (
     IntakeRules,
     Receipt,
@@ -175,4 +175,5 @@ __all__ = [
     "verify_events",
     "verify_history",
     "warn_before_purge",
+    "whose",
 ]

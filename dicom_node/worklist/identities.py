@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, RowMapping, func, select, update
 
 from dicom_node.whose import AcceptedIdentity, Identity
 from dicom_node.worklist.clock import now
-from dicom_node.worklist.engine import writing
+from dicom_node.worklist.engine import reading, writing
 from dicom_node.worklist.guard import Standing, change
 from dicom_node.worklist.intake import cancel_deliveries, fresh, record_identity
 from dicom_node.worklist.states import REST, TransitionRefused
@@ -61,6 +61,20 @@ def expected(conn: Connection, row: RowMapping) -> Identity:
     """Whose the results of a row of `scan` have to be."""
     one = accepted(conn, row)
     return received(row) if one is None else one.identity
+
+
+def whose(engine: Engine, scan_id: int) -> Identity:
+    """Whose a row is, as far as the worklist still knows: `expected`, by the row's id.
+
+    Raises
+    ------
+    TransitionRefused: there is no such row.
+    """
+    with reading(engine) as conn:
+        row = conn.execute(select(scan).where(scan.c.id == scan_id)).mappings().first()
+        if row is None:
+            raise TransitionRefused(f"there is no scan {scan_id}", hint="see `remnant worklist list`")
+        return expected(conn, row)
 
 
 def study_of_revision(conn: Connection, scan_id: int, received_in: str, revision: int) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -28,6 +29,8 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], Callable
         log.set_up(as_json=as_json, role="receive")
         return lambda: stream.getvalue().splitlines()
 
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back what `set_up` changes
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     yield set_up
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
@@ -74,16 +77,46 @@ def test_words_of_every_script_stay_as_they_are(lines) -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_an_exception_keeps_its_trace_and_shows_no_variable(lines, as_json: bool) -> None:
+def test_an_exception_is_one_line_that_says_where_and_quotes_nothing(lines, as_json: bool) -> None:
     written = lines(as_json)
-    patient_name = "Erfunden^" + "Anna"
     try:
-        int("of ours")
-    except ValueError:
+        try:
+            int("Erfunden^Anna\n2026-01-01 [info] stored")
+        except ValueError as error:
+            raise RuntimeError("of Erfunden^Anna") from error
+    except RuntimeError:
         log.get("receiver").exception("store_failed")
-    text = "\n".join(written())
-    assert "ValueError: invalid literal" in text
-    assert patient_name not in text
+    (line,) = written()
+    assert "RuntimeError at test_log.py:" in line
+    assert "after ValueError at test_log.py:" in line
+    assert "Erfunden" not in line
+
+
+def test_an_error_that_nobody_caught_is_one_line_too(lines) -> None:
+    written = lines(True)
+
+    def fail() -> None:
+        raise ValueError("of Erfunden^Anna")
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    try:
+        fail()
+    except ValueError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    first, second = (json.loads(line) for line in written())
+    assert (first["event"], second["event"]) == ("thread_ended_by_error", "ended_by_error")
+    assert first["trace"].startswith("ValueError at test_log.py:")
+    assert "Erfunden" not in str((first, second))
+
+
+def test_what_is_left_out_is_counted_and_told_with_the_next_that_is_said() -> None:
+    pace = log.Pace(at_once=2, per_s=0)
+    assert [pace.admit() for _ in range(5)] == [0, 0, None, None, None]
+    assert (pace.rest(), pace.rest()) == (3, 0)
+    quick = log.Pace(at_once=1, per_s=1e9)
+    assert [quick.admit() for _ in range(3)] == [0, 0, 0]
 
 
 def test_warnings_of_libraries_that_quote_elements_are_silent(lines) -> None:

@@ -552,7 +552,7 @@ def test_a_flood_of_refusals_is_a_few_lines_and_a_count(server: Server) -> None:
     with capture_logs() as lines:
         for _ in range(200):
             assert wait_to_read(server, association(calling="STRANGER"))[0] == 3
-        server._lines_at -= 60  # a minute later
+        server._pace._at -= 60  # a minute later
         assert wait_to_read(server, association(calling="STRANGER"))[0] == 3
     assert len(lines) < 120
     assert lines[0] == {
@@ -563,6 +563,7 @@ def test_a_flood_of_refusals_is_a_few_lines_and_a_count(server: Server) -> None:
         "called": "REMNANT",
         "address": "127.0.0.1",
         "why": "not one of ours",
+        "for_good": True,
     }
     assert sum(entry.get("lines_left_out", 0) for entry in lines) + len(lines) == 201
 
