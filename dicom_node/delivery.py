@@ -12,6 +12,7 @@ report from it until somebody restarts the node.
 import random
 import threading
 import time
+from contextlib import closing
 from typing import Literal
 
 from pydicom.uid import UID, ImplicitVRLittleEndian
@@ -67,7 +68,7 @@ class Sender:
         self._rung = {destination.name: threading.Event() for destination in settings.destinations}
 
     def run(self, stop: threading.Event) -> None:
-        """Deliver until `stop` is set; what is on the wire then is finished."""
+        """Deliver until `stop` is set; the object on the wire then comes to its outcome, and no other is begun."""
         freed = worklist.release_deliveries(self._engine, self._owner)
         if freed:
             _log.warning("deliveries_released", count=freed, why="their sender ended before it knew the outcome")
@@ -83,6 +84,10 @@ class Sender:
                 rung.set()
         for thread in threads:
             thread.join()
+        try:
+            worklist.release_deliveries(self._engine, self._owner)
+        except worklist.DatabaseUnavailable as error:  # the next start does it
+            _log.error("database_unavailable", error=str(error))
 
     def wake(self) -> None:
         """End the sleep of `run`."""
@@ -127,21 +132,24 @@ class Sender:
         ]
         timeout_s = self._settings.delivery.timeout_s
         started = time.monotonic()
-        for parcel, outcome in send(
+        outcomes = send(
             peer,
             parcels,
             calling_ae_title=self._settings.node.ae_title,
             connect_timeout_s=timeout_s,
             acse_timeout_s=timeout_s,
             dimse_timeout_s=timeout_s,
-        ):
-            delivery = by_key[parcel.key]
-            if outcome.kind == "rejected_context" and delivery.kind == "sr":
-                instead = self._fall_back(destination, delivery, outcome)
-                if instead is None:
-                    continue
-                outcome = instead
-            self._record(destination, delivery, outcome, started)
+        )
+        with closing(outcomes):  # at once, which releases the association: the rest is sent by our successor
+            for parcel, outcome in outcomes:
+                delivery = by_key[parcel.key]
+                instead: Outcome | None = outcome
+                if outcome.kind == "rejected_context" and delivery.kind == "sr":
+                    instead = self._fall_back(destination, delivery, outcome)
+                if instead is not None:
+                    self._record(destination, delivery, instead, started)
+                if stop.is_set():
+                    break
         return True
 
     def _meant_for(

@@ -13,7 +13,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,7 +178,7 @@ def send(
     connect_timeout_s: float,
     acse_timeout_s: float,
     dimse_timeout_s: float,
-) -> Iterator[tuple[Parcel, Outcome]]:
+) -> Generator[tuple[Parcel, Outcome], None, None]:
     """Send all parcels to one peer over one association; yield each outcome as soon as it is known.
 
     Every parcel gets exactly one outcome, unless the caller stops iterating: then the rest were not sent, and the

@@ -36,6 +36,7 @@ class Choosy:
 
     def __init__(self, takes, answers_0122=()):
         self.objects = []
+        self.on_object = lambda: None
         self._refused = answers_0122
         ae = AE(ae_title="CHOOSY")
         for uid in (*takes, *answers_0122, "1.2.840.10008.1.1"):
@@ -53,6 +54,7 @@ class Choosy:
         ds = event.dataset
         ds.file_meta = event.file_meta
         self.objects.append(ds)
+        self.on_object()
         return 0x0000
 
     def stop(self):
@@ -350,3 +352,24 @@ def test_a_disk_that_takes_no_simpler_report_just_now_delays_it_and_nothing_else
         away.rename(made.spool.rendering)
     assert made.deliver()["state"] == "delivered"
     assert sorted(archive.classes) == sorted([SecondaryCaptureImageStorage, ComprehensiveSRStorage])
+
+
+def test_a_sender_that_is_stopped_ends_with_the_object_on_the_wire_and_its_successor_sends_the_rest(scan, choosy):
+    archive = choosy(*REPORTS, SecondaryCaptureImageStorage)
+    one = scan(pacs=archive)
+    stop = threading.Event()
+    archive.on_object = stop.set
+    sender = Sender(one.settings, one.engine, one.spool, owner="sender")
+    thread = threading.Thread(target=sender.run, args=(stop,))
+    thread.start()
+    assert stop.wait(30)
+    sender.wake()
+    thread.join(30)
+    assert not thread.is_alive()
+
+    assert len(archive.objects) == 1
+    told = [delivery["state"] for delivery in worklist.details(one.engine, one.scan_id)["deliveries"]]
+    assert sorted(told) == ["acknowledged", "pending"]
+    assert worklist.release_deliveries(one.engine, "sender") == 0, "what was not sent is held by nobody"
+    assert one.deliver()["state"] == "delivered"
+    assert len(archive.objects) == 2
