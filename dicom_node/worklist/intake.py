@@ -45,6 +45,58 @@ _NEW_SCAN = (
 )
 _NOTHING_YET = {"outcome": None, "reason": None, "intake_reason": None, "views_deadline": None, "at_rest_since": None}
 _NEW_INSTANCE = insert(instance).values(received_at=now()).returning(instance.c.id)
+_STATE = select(scan.c.state).where(scan.c.id == bindparam("row"))
+_PATIENTS = (
+    select(scan.c.patient_id)
+    .where(scan.c.study_instance_uid == bindparam("study"), scan.c.patient_id.is_not(None))
+    .distinct()
+)
+_OF_PATIENT_AND_STUDY = (
+    (scan.c.study_instance_uid == bindparam("study"))
+    & (scan.c.patient_id == bindparam("patient"))
+    & (scan.c.issuer_of_patient_id == bindparam("issuer"))
+)
+_KEPT_ROW = select(scan).where(scan.c.kind == "kept", _OF_PATIENT_AND_STUDY).with_for_update()
+_KEEP = (
+    update(scan)
+    .where(scan.c.id == bindparam("row"))
+    .values(reason=bindparam("why"), updated_at=now(), at_rest_since=now(), purged_at=None)
+)
+_CLUSTER = select(scan).where(scan.c.kind == "acquisition", _OF_PATIENT_AND_STUDY).order_by(scan.c.id).with_for_update()
+# Purged ones may not be joined any more: their pixels are gone, a late partner stands alone.
+_MEMBERS = (
+    select(instance)
+    .where(
+        instance.c.scan_id.in_(bindparam("rows", expanding=True)),
+        instance.c.candidate == 1,
+        instance.c.version == 1,
+        instance.c.purged_at.is_(None),
+    )
+    .order_by(instance.c.id)
+)
+_MOVE = (
+    update(instance)
+    .where(instance.c.sop_instance_uid.in_(bindparam("uids", expanding=True)), instance.c.scan_id != bindparam("row"))
+    .values(scan_id=bindparam("row"))
+    .returning(instance.c.id)
+)
+_MOVE_IDENTITIES = (
+    update(identity)
+    .where(identity.c.instance_id.in_(bindparam("moved", expanding=True)))
+    .values(scan_id=bindparam("row"), settled_at=None, accepted_revision=None)
+)
+_DISPUTED = (
+    select(instance.c.id)
+    .where(
+        instance.c.scan_id == bindparam("row"),
+        instance.c.verdict == "identity_changed",
+        instance.c.candidate == 1,
+        ~select(identity.c.id)
+        .where(identity.c.instance_id == instance.c.id, identity.c.settled_at.is_not(None))
+        .exists(),
+    )
+    .limit(1)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +266,7 @@ def _known(conn: Connection, sop_instance_uid: str) -> Sequence[RowMapping]:
 
 
 def _state(conn: Connection, scan_id: int) -> str:
-    return str(conn.scalar(select(scan.c.state).where(scan.c.id == scan_id)))
+    return str(conn.scalar(_STATE, {"row": scan_id}))
 
 
 def _hold(conn: Connection, scan_id: int) -> RowMapping:
@@ -224,14 +276,7 @@ def _hold(conn: Connection, scan_id: int) -> RowMapping:
 
 def _alarms(conn: Connection, facts: HeaderFacts) -> tuple[str, ...]:
     """Another PatientID under a known StudyInstanceUID: told once for each patient, when the first object arrives."""
-    patients = {
-        row.patient_id
-        for row in conn.execute(
-            select(scan.c.patient_id)
-            .where(scan.c.study_instance_uid == facts.study_instance_uid, scan.c.patient_id.is_not(None))
-            .distinct()
-        )
-    }
+    patients = set(conn.scalars(_PATIENTS, {"study": facts.study_instance_uid}))
     return ("patient_differs_in_study",) if patients and facts.patient_id not in patients else ()
 
 
@@ -399,16 +444,7 @@ def record_identity(
 
 def _receive_kept(conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, rules: IntakeRules) -> int:
     """Hang the object on the one declined row of its study and patient."""
-    row = conn.execute(
-        select(scan)
-        .where(
-            scan.c.kind == "kept",
-            scan.c.study_instance_uid == facts.study_instance_uid,
-            scan.c.patient_id == facts.patient_id,
-            scan.c.issuer_of_patient_id == facts.issuer_of_patient_id,
-        )
-        .with_for_update()
-    ).first()
+    row = conn.execute(_KEPT_ROW, _patient_and_study(facts)).first()
     if row is None:
         scan_id = _create(
             conn, "kept", facts, source_aet, "declined", 1, rules, outcome="declined", reason=facts.reason
@@ -417,11 +453,7 @@ def _receive_kept(conn: Connection, facts: HeaderFacts, stored: Stored, source_a
         scan_id = row.id
         # wrong_class says only "part of the study"; any other reason says more about why a scan has no finding.
         reason = facts.reason if row.reason == "wrong_class" else row.reason
-        conn.execute(
-            update(scan)
-            .where(scan.c.id == scan_id)
-            .values(reason=reason, updated_at=now(), at_rest_since=now(), purged_at=None)
-        )
+        conn.execute(_KEEP, {"row": scan_id, "why": reason})
     _insert_instance(conn, scan_id, facts, stored, source_aet)
     _received(conn, scan_id, facts, stored, 1)
     return int(scan_id)
@@ -455,8 +487,8 @@ def _regroup(
 ) -> tuple[int, bool]:
     """Group the views of a patient and study anew with one that is new, or whose content is; `enter` is called with
     the row and revision that it belongs to. Returns that row and whether any row was queued."""
-    rows = {row["id"]: row for row in _cluster(conn, facts)}
-    members = _members(conn, rows)
+    rows = {row["id"]: row for row in conn.execute(_CLUSTER, _patient_and_study(facts)).mappings()}
+    members = conn.execute(_MEMBERS, {"rows": list(rows)}).mappings().all() if rows else ()
     others = [one for one in members if one["sop_instance_uid"] != facts.sop_instance_uid]
     cluster = [*(_facts_of(one, rows[one["scan_id"]]) for one in others), facts]
     groups = _groups(cluster, rules)
@@ -496,40 +528,12 @@ def _regroup(
     return home, queued
 
 
-def _cluster(conn: Connection, facts: HeaderFacts) -> Sequence[RowMapping]:
-    return (
-        conn.execute(
-            select(scan)
-            .where(
-                scan.c.kind == "acquisition",
-                scan.c.study_instance_uid == facts.study_instance_uid,
-                scan.c.patient_id == facts.patient_id,
-                scan.c.issuer_of_patient_id == facts.issuer_of_patient_id,
-            )
-            .order_by(scan.c.id)
-            .with_for_update()
-        )
-        .mappings()
-        .all()
-    )
-
-
-def _members(conn: Connection, rows: Mapping[int, RowMapping]) -> Sequence[RowMapping]:
-    """The views that may still be joined. Purged ones may not: their pixels are gone, a late partner stands alone."""
-    return (
-        conn.execute(
-            select(instance)
-            .where(
-                instance.c.scan_id.in_(rows.keys()),
-                instance.c.candidate == 1,
-                instance.c.version == 1,
-                instance.c.purged_at.is_(None),
-            )
-            .order_by(instance.c.id)
-        )
-        .mappings()
-        .all()
-    )
+def _patient_and_study(facts: HeaderFacts) -> dict[str, str]:
+    return {
+        "study": facts.study_instance_uid,
+        "patient": facts.patient_id,
+        "issuer": facts.issuer_of_patient_id,
+    }
 
 
 def _groups(cluster: Sequence[HeaderFacts], rules: IntakeRules) -> list[_Group]:
@@ -666,17 +670,9 @@ def _settle_intake(conn: Connection, standing: Standing, one: _Group, rules: Int
 def _move(conn: Connection, sop_instance_uids: frozenset[str], scan_id: int) -> None:
     """Every version of an object goes where its first goes. What a person accepted for the row it leaves is open again:
     nobody has looked at this set of views."""
-    moved = conn.scalars(
-        update(instance)
-        .where(instance.c.sop_instance_uid.in_(sop_instance_uids), instance.c.scan_id != scan_id)
-        .values(scan_id=scan_id)
-        .returning(instance.c.id)
-    ).all()
-    conn.execute(
-        update(identity)
-        .where(identity.c.instance_id.in_(moved))
-        .values(scan_id=scan_id, settled_at=None, accepted_revision=None)
-    )
+    moved = conn.scalars(_MOVE, {"uids": list(sop_instance_uids), "row": scan_id}).all()
+    if moved:
+        conn.execute(_MOVE_IDENTITIES, {"moved": moved, "row": scan_id})
 
 
 def _leave_empty(conn: Connection, row: RowMapping, taken_by: int, rules: IntakeRules) -> None:
@@ -702,21 +698,7 @@ def _leave_empty(conn: Connection, row: RowMapping, taken_by: int, rules: Intake
 
 def identity_disputed(conn: Connection, scan_id: int) -> bool:
     """Say whether an image of this row also arrived with another identity, about which no person has decided."""
-    return (
-        conn.execute(
-            select(instance.c.id)
-            .where(
-                instance.c.scan_id == scan_id,
-                instance.c.verdict == "identity_changed",
-                instance.c.candidate == 1,
-                ~select(identity.c.id)
-                .where(identity.c.instance_id == instance.c.id, identity.c.settled_at.is_not(None))
-                .exists(),
-            )
-            .limit(1)
-        ).first()
-        is not None
-    )
+    return conn.execute(_DISPUTED, {"row": scan_id}).first() is not None
 
 
 def cancel_deliveries(conn: Connection, scan_id: int, revision: int, *, recalls: bool = False) -> None:
