@@ -30,6 +30,19 @@ MIDLINE_MM: Final = 90.0
 NECK_SHARE: Final = 0.08
 """Share of a view's counts within a box as large as the crop, in the middle of the detector."""
 SMALLEST_MATRIX: Final = 64
+BAND_MM: Final = 30.0
+BAND_COUNTS: Final = 20.0
+WARM: Final = 0.35
+FOCUS_SHARE: Final = 0.8
+FEWEST_BANDS: Final = 4
+CUT_MM: Final = 8.0
+WIDEST_NECK_MM: Final = 230.0
+APART_MM: Final = 30.0
+APART_SHARE: Final = 0.5
+LINE_LEVEL: Final = 0.3
+LINE_MM: Final = 200.0
+LINE_WIDTH_MM: Final = 45.0
+LINE_SHARE: Final = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +55,16 @@ class Problem:
 
 def problem_of(images: Sequence[ViewImage], training_range: TrainingRange) -> Problem | None:
     """The first problem of the views, the gravest rule first; None where they can be judged."""
+    # Before the flood: of a line along the field nothing is seen but the line, and that is even.
+    if (line := _agreed(images, "out_of_training_range", line_source)) is not None:
+        return line
     for reason, check in _CHECKS:
         for image in images:
             detail = check(image)
             if detail is not None:
                 return Problem(reason, f"{image.view} view: {detail}")
+    if (shape := another_body(images)) is not None:
+        return shape
     for image in images:
         detail = out_of_training_range(image, training_range)
         if detail is not None:
@@ -104,6 +122,105 @@ def middle_share(image: ViewImage) -> float:
         middle, half = (extent[0] + extent[-1]) / 2, size_mm / spacing / 2
         window.append(slice(max(0, round(middle - half)), round(middle + half) + 1))
     return float(image.counts[window[0], window[1]].sum(dtype=np.float64)) / max(1.0, float(_total(image)))
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A strip across the body, `BAND_MM` high: how wide it is warm, how near that comes to an edge of the field, and
+    how wide the greatest cold place between two warm ones is; all in mm."""
+
+    width_mm: float
+    edge_mm: float
+    gap_mm: float
+
+
+def another_body(images: Sequence[ViewImage]) -> Problem | None:
+    """A body that is no whole neck: only where every view says so.
+
+    A neck is the narrowest part of what lies before the camera, in one piece, with air on both sides. Where the bands
+    cannot tell, in a view of few counts or under one focus that outshines the body, these rules say nothing.
+    """
+    return _agreed(images, "neck_outside_field", cut_or_wide)
+
+
+def _agreed(images: Sequence[ViewImage], reason: str, rule: Callable[[ViewImage], str | None]) -> Problem | None:
+    details = [rule(image) for image in images]
+    return Problem(reason, f"{images[0].view} view: {details[0]}") if images and all(details) else None
+
+
+def cut_or_wide(image: ViewImage) -> str | None:
+    """The narrowest band leaves the field at its side, is as wide as a chest, or most bands are of two columns."""
+    bands = silhouette(image)
+    if bands is None:
+        return None
+    narrowest = min(bands, key=lambda band: band.width_mm)
+    if narrowest.edge_mm < CUT_MM:
+        return "the body's narrowest part is cut by the edge of the field"
+    # The second: the lowest band may be cut off, and few counts then leave little of it.
+    wide_mm = sorted(band.width_mm for band in bands)[1]
+    if wide_mm > WIDEST_NECK_MM:
+        return f"no part of the body is narrower than {wide_mm:.0f} mm, as in a chest"
+    apart = sum(band.gap_mm > APART_MM for band in bands)
+    if apart >= APART_SHARE * len(bands):
+        return f"the body is in two pieces side by side in {apart} of {len(bands)} bands, as two legs are"
+    return None
+
+
+def silhouette(image: ViewImage) -> tuple[Band, ...] | None:
+    """The warm bands from top to bottom; None where counts are too few to see them, or where one focus holds the most.
+
+    Warm is `WARM` of the body's level, the median of the warmer half of the view under a Gaussian of 8 mm; each
+    pixel is capped at twice that level, so that a focus is no wider than it is.
+    """
+    rows, columns = (np.flatnonzero(field_of_view(image.counts).any(axis=axis)) for axis in (1, 0))
+    if rows.size < 2 or columns.size < 2:
+        return None
+    down_mm, across_mm = image.spacing_mm
+    seen = image.counts[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    smoothed = cv2.GaussianBlur(seen, (0, 0), 8 / across_mm, sigmaY=8 / down_mm, borderType=cv2.BORDER_REPLICATE)
+    warm = smoothed[smoothed > np.median(smoothed)]
+    level = float(np.median(warm)) if warm.size else 0.0
+    # What a piece of a band 10 mm wide holds: with fewer counts its edge is chance.
+    if level * 10 * BAND_MM / (down_mm * across_mm) < BAND_COUNTS:
+        return None
+    y, x = np.unravel_index(int(smoothed.argmax()), smoothed.shape)
+    down, across = np.ogrid[: seen.shape[0], : seen.shape[1]]
+    near = ((down - y) * down_mm) ** 2 + ((across - x) * across_mm) ** 2 < 50**2
+    if float(seen[near].sum(dtype=np.float64)) > FOCUS_SHARE * float(seen.sum(dtype=np.float64)):
+        return None
+    height = max(1, round(BAND_MM / down_mm))
+    capped = np.minimum(smoothed, 2 * level)
+    tops = range(0, len(capped) - height // 2, height)
+    found = [_band(np.median(capped[top : top + height], axis=0) > WARM * level, across_mm) for top in tops]
+    bands = tuple(band for band in found if band is not None)
+    return bands if len(bands) >= FEWEST_BANDS else None
+
+
+def _band(warm: NDArray[np.bool_], across_mm: float) -> Band | None:
+    places = np.flatnonzero(warm)
+    if not places.size:
+        return None
+    edge = min(int(places[0]), len(warm) - 1 - int(places[-1]))
+    gap = int(np.diff(places).max(initial=1)) - 1
+    return Band(float(places.size * across_mm), edge * across_mm, gap * across_mm)
+
+
+def line_source(image: ViewImage) -> str | None:
+    """Most counts on one straight line, longer than a neck and thinner. Not `flood`: that reason sends no note."""
+    across_mm = image.spacing_mm[1]
+    smoothed = cv2.GaussianBlur(image.counts.astype(np.float32), (0, 0), 4 / across_mm)
+    ridge = (smoothed > LINE_LEVEL * smoothed.max()).astype(np.uint8)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(ridge, connectivity=8)
+    if len(stats) < 2:
+        return None
+    largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+    down, across = np.nonzero(labels == largest)
+    points = np.stack([across * across_mm, down * image.spacing_mm[0]], axis=1).astype(np.float32)
+    sides = sorted(cv2.minAreaRect(points)[1])
+    held = float(image.counts[labels == largest].sum(dtype=np.float64)) / max(1, _total(image))
+    if sides[1] > LINE_MM and sides[0] < LINE_WIDTH_MM and held > LINE_SHARE:
+        return f"{100 * held:.0f} % of the counts lie on a line {sides[1]:.0f} mm long and {sides[0]:.0f} mm wide"
+    return None
 
 
 def out_of_training_range(image: ViewImage, training_range: TrainingRange) -> str | None:

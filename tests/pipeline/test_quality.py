@@ -1,12 +1,13 @@
 """Reasons not to answer: each on an image made for it, and none on simulated scans of any stratum."""
 
+import cv2
 import numpy as np
 import pytest
 
 from models.weights import TrainingRange
 from pipeline.finding import SourceFrame, ViewImage
 from pipeline.phantom import STRATA, phantom
-from pipeline.quality import problem_of
+from pipeline.quality import another_body, problem_of
 from pipeline.reasons import REASONS
 
 RANGE = TrainingRange(spacing_mm=(1.0, 2.64), total_counts=(400.0, 5e6), embedding_distance=None)
@@ -81,3 +82,80 @@ def test_the_problem_names_the_view_and_no_one_else() -> None:
     problem = problem_of([_view(np.zeros((256, 256)))], RANGE)
     assert problem is not None
     assert problem.detail == "anterior view: every pixel is zero"
+
+
+# Pictures of other bodies and of sources, made here and nowhere else: 256 x 256 pixels of 2.2 mm.
+
+_DOWN, _ACROSS = np.mgrid[:256, :256]
+
+
+def _counted(shape: np.ndarray, total: int, seed: int) -> np.ndarray:
+    """Counts of a warm shape as a camera blurs it, nothing in the rows that a detector leaves dark."""
+    seen = cv2.GaussianBlur(np.asarray(shape, np.float32), (0, 0), 4)
+    seen[:37] = seen[-37:] = 0
+    return np.random.default_rng(seed).poisson(seen / seen.sum() * total).astype(float)
+
+
+def _chest() -> np.ndarray:
+    lung = np.exp(-(((_ACROSS - 128) / 70) ** 2))
+    heart = np.exp(-((_ACROSS - 140) ** 2 + (_DOWN - 125) ** 2) / 1600)
+    return np.where(abs(_ACROSS - 128) < 78 + _DOWN / 30, 0.6 + 0.3 * lung + heart, 0.02)
+
+
+def _legs(apart: int, thick: int) -> np.ndarray:
+    leg = [abs(_ACROSS - 128 - side * apart) < thick - abs(_DOWN - 128) / 20 for side in (-1, 1)]
+    return np.where(leg[0] | leg[1], 1.0, 0.03)
+
+
+def _line(degrees: float, length: int) -> np.ndarray:
+    drawn = np.zeros((256, 256), np.float32)
+    across, down = np.cos(np.deg2rad(degrees)) * length / 2, np.sin(np.deg2rad(degrees)) * length / 2
+    ends = [(round(128 - across), round(128 - down)), (round(128 + across), round(128 + down))]
+    cv2.line(drawn, ends[0], ends[1], 1.0, 3)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        (_chest(), "neck_outside_field"),
+        (_legs(38, 24), "neck_outside_field"),
+        (_legs(60, 30), "neck_outside_field"),
+        (_line(0, 140), "out_of_training_range"),
+        (_line(70, 160), "out_of_training_range"),
+        (_line(90, 120), "out_of_training_range"),
+    ],
+    ids=["chest", "legs", "legs apart", "line across", "line aslant", "line along"],
+)
+@pytest.mark.parametrize("total", [40_000, 120_000])
+def test_another_body_or_a_line_in_both_views_is_declined(shape: np.ndarray, reason: str, total: int) -> None:
+    views = [_view(_counted(shape, total // (1 + seed), seed)) for seed in (0, 1)]
+    problem = problem_of(views, RANGE)
+    assert problem is not None
+    assert problem.reason == reason
+    assert REASONS[reason].ours, "it may be a patient's: whoever sent it has to get a note"
+
+
+@pytest.mark.parametrize("off_mm", [160, 190])
+def test_a_neck_that_is_half_outside_of_the_field_is_declined(off_mm: int) -> None:
+    for seed in range(930_020, 930_024):
+        scan = phantom(seed, stratum="zoom_1.5")
+        off = round(off_mm / scan.spacing_mm[1])
+        anterior, posterior = np.zeros(scan.anterior.shape), np.zeros(scan.anterior.shape)
+        anterior[:, off:], posterior[:, :-off] = scan.anterior[:, :-off], scan.posterior[:, off:]
+        problem = problem_of([_view(one, scan.spacing_mm[0]) for one in (anterior, posterior)], RANGE)
+        assert problem is not None
+        assert problem.reason == "neck_outside_field"
+
+
+def test_a_body_is_another_one_only_where_every_view_says_so() -> None:
+    chest, neck = _view(_counted(_chest(), 80_000, 3)), _view(_neck())
+    assert another_body([chest]) is not None
+    assert another_body([chest, neck]) is None
+
+
+def test_few_counts_and_a_focus_that_outshines_the_body_tell_nothing_of_its_shape() -> None:
+    assert another_body([_view(_counted(_chest(), 3_000, 4))]) is None
+    hot = _counted(_chest(), 20_000, 5)
+    hot[120:126, 120:126] += 5_000
+    assert another_body([_view(hot)]) is None
