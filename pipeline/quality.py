@@ -33,12 +33,15 @@ SMALLEST_MATRIX: Final = 64
 BAND_MM: Final = 30.0
 BAND_COUNTS: Final = 20.0
 WARM: Final = 0.35
-FOCUS_SHARE: Final = 0.8
+FOCUS_SHARE: Final = 0.5
 FEWEST_BANDS: Final = 4
 CUT_MM: Final = 8.0
-WIDEST_NECK_MM: Final = 230.0
+WIDEST_NECK_MM: Final = 250.0
 APART_MM: Final = 30.0
 APART_SHARE: Final = 0.5
+RIDGE_MM: Final = 50.0
+RIDGE_COUNTS: Final = 5.0
+RIDGE_SHARE: Final = 0.8
 LINE_LEVEL: Final = 0.3
 LINE_MM: Final = 200.0
 LINE_WIDTH_MM: Final = 45.0
@@ -135,12 +138,13 @@ class Band:
 
 
 def another_body(images: Sequence[ViewImage]) -> Problem | None:
-    """A body that is no whole neck: only where every view says so.
+    """A body that is no whole neck, or a skeleton: only where every view says so.
 
     A neck is the narrowest part of what lies before the camera, in one piece, with air on both sides. Where the bands
     cannot tell, in a view of few counts or under one focus that outshines the body, these rules say nothing.
     """
-    return _agreed(images, "neck_outside_field", cut_or_wide)
+    ridge = _agreed(images, "out_of_training_range", ridge_along)
+    return ridge or _agreed(images, "neck_outside_field", cut_or_wide)
 
 
 def _agreed(images: Sequence[ViewImage], reason: str, rule: Callable[[ViewImage], str | None]) -> Problem | None:
@@ -203,6 +207,36 @@ def _band(warm: NDArray[np.bool_], across_mm: float) -> Band | None:
     edge = min(int(places[0]), len(warm) - 1 - int(places[-1]))
     gap = int(np.diff(places).max(initial=1)) - 1
     return Band(float(places.size * across_mm), edge * across_mm, gap * across_mm)
+
+
+def ridge_along(image: ViewImage) -> str | None:
+    """A narrow ridge from top to bottom, as a spine is in a bone scan; a focus is narrow in a few bands only."""
+    rows = np.flatnonzero(field_of_view(image.counts).any(axis=1))
+    if rows.size < 2:
+        return None
+    down_mm, across_mm = image.spacing_mm
+    seen = image.counts[rows[0] : rows[-1] + 1].astype(np.float32)
+    height = max(1, round(BAND_MM / down_mm))
+    profiles = [
+        cv2.GaussianBlur(seen[top : top + height].sum(axis=0)[None], (0, 0), 5 / across_mm)[0]
+        for top in range(0, len(seen) - height // 2, height)
+    ]
+    if len(profiles) < FEWEST_BANDS or min(float(profile.max()) for profile in profiles) < RIDGE_COUNTS:
+        return None
+    found = []
+    for profile in profiles:
+        peak = int(profile.argmax())
+        above = profile > profile[peak] / 2
+        cold = np.flatnonzero(~above)
+        width = np.diff(cold, prepend=-1, append=len(profile))[np.searchsorted(cold, peak)] - 1
+        if width * across_mm < RIDGE_MM:
+            found.append(peak * across_mm)
+    if len(found) < RIDGE_SHARE * len(profiles):
+        return None
+    aligned = sum(abs(place - float(np.median(found))) < RIDGE_MM / 2 for place in found)
+    if aligned < RIDGE_SHARE * len(profiles):
+        return None
+    return f"{aligned} of {len(profiles)} bands have a ridge narrower than {RIDGE_MM:.0f} mm, one above the other"
 
 
 def line_source(image: ViewImage) -> str | None:

@@ -48,6 +48,8 @@ PAPER_COHORT: Final = CohortPlan(
     34_000_000, 446, preprocessing="paper", prevalence=346 / 446, without=("other_camera",), confusers=3.0
 )
 """Nothing but the natural population, oesophagus, nodes and contamination three times as frequent."""
+PRETRAINING_RATES: Final = MappingProxyType({"resnet18": 1e-3, "squeezenet1_1": 2e-4, "shufflenet_v2_x1_0": 1e-3})
+"""SqueezeNet has no batch normalisation: from random numbers at 1e-3 it ended with one answer for every scan."""
 IMAGENET_ROW: Final = "squeezenet1_1"
 PARTS: Final = MappingProxyType(
     {
@@ -96,7 +98,7 @@ def pretrain(
         architecture=architecture,
         stages=((experiment.pretraining_epochs, experiment.edge),),
         batch_size=32,
-        learning_rate=1e-3,
+        learning_rate=PRETRAINING_RATES[architecture],
         scale=IMAGENET.scale,
         mean=IMAGENET.mean,
         std=IMAGENET.std,

@@ -107,6 +107,11 @@ def _legs(apart: int, thick: int) -> np.ndarray:
     return np.where(leg[0] | leg[1], 1.0, 0.03)
 
 
+def _spine_and_ribs() -> np.ndarray:
+    ribs = sum((abs(_DOWN - down - abs(_ACROSS - 128) * 0.25) < 3) * 1.4 for down in range(45, 225, 18))
+    return np.where(abs(_ACROSS - 128) < 58, 0.4 + ribs, 0.02) + 3.0 * (abs(_ACROSS - 128) < 6)
+
+
 def _line(degrees: float, length: int) -> np.ndarray:
     drawn = np.zeros((256, 256), np.float32)
     across, down = np.cos(np.deg2rad(degrees)) * length / 2, np.sin(np.deg2rad(degrees)) * length / 2
@@ -121,11 +126,12 @@ def _line(degrees: float, length: int) -> np.ndarray:
         (_chest(), "neck_outside_field"),
         (_legs(38, 24), "neck_outside_field"),
         (_legs(60, 30), "neck_outside_field"),
+        (_spine_and_ribs(), "out_of_training_range"),
         (_line(0, 140), "out_of_training_range"),
         (_line(70, 160), "out_of_training_range"),
         (_line(90, 120), "out_of_training_range"),
     ],
-    ids=["chest", "legs", "legs apart", "line across", "line aslant", "line along"],
+    ids=["chest", "legs", "legs apart", "spine and ribs", "line across", "line aslant", "line along"],
 )
 @pytest.mark.parametrize("total", [40_000, 120_000])
 def test_another_body_or_a_line_in_both_views_is_declined(shape: np.ndarray, reason: str, total: int) -> None:
