@@ -347,6 +347,7 @@ def _wanted() -> dict[int, tuple[str, str]]:
 _WANTED: Final = _wanted()
 """Tag -> keyword and VR of every element that is read; everything else is stepped over."""
 
+_UNWANTED: Final = ("", "")
 _PIXEL_GROUP: Final = 0x7FE0
 _UNDEFINED: Final = 0xFFFFFFFF
 _LONG_VRS: Final = frozenset(
@@ -359,13 +360,16 @@ class _MalformedError(Exception):
     """The encoding breaks off or nests too deep; the message is a sentence for a person."""
 
 
-@dataclass(frozen=True, slots=True)
 class _Encoding:
-    implicit: bool
-    little: bool
+    """How elements are encoded, and the readers of what stands in their heads: two 16-bit numbers, one, one of 32."""
 
-    def whole(self, data: bytes, at: int, size: int) -> int:
-        return int.from_bytes(data[at : at + size], "little" if self.little else "big")
+    def __init__(self, *, implicit: bool, little: bool) -> None:
+        self.implicit, self.little = implicit, little
+        order = "<" if little else ">"
+        self.pair, self.short, self.long = (struct.Struct(f"{order}{code}").unpack_from for code in ("HH", "H", "I"))
+
+
+_IMPLICIT_LITTLE: Final = _Encoding(implicit=True, little=True)
 
 
 @dataclass(slots=True)
@@ -374,7 +378,8 @@ class _Node:
 
     texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     items: dict[str, list["_Node"]] = field(default_factory=dict)
-    inherited: tuple[str, ...] = ("latin-1",)
+    # An item without a SpecificCharacterSet of its own has its dataset's (PS3.3 C.12.1.1.2).
+    codecs: tuple[str, ...] = ("latin-1",)
     reached_pixels: bool = False
 
     def text(self, keyword: str) -> str:
@@ -385,10 +390,10 @@ class _Node:
         values = self.texts.get(keyword, ())
         return values[0] if len(values) == 1 else ""
 
-    def codecs(self) -> tuple[str, ...]:
-        """An item without a SpecificCharacterSet of its own inherits its dataset's (PS3.3 C.12.1.1.2)."""
-        terms = self.texts.get("SpecificCharacterSet")
-        return self.inherited if terms is None else _codecs(terms)
+    def put(self, keyword: str, values: tuple[str, ...]) -> None:
+        self.texts[keyword] = values
+        if keyword == "SpecificCharacterSet":
+            self.codecs = _codecs(values)
 
 
 def _inflate(data: bytes) -> bytes:
@@ -401,37 +406,39 @@ def _inflate(data: bytes) -> bytes:
 def _scan(data: bytes, at: int, end: int, encoding: _Encoding, depth: int, node: _Node, *, delimited: bool) -> int:
     """Reads a dataset or an item into `node`; returns where it ended. At depth 0, stops before pixel data."""
     while at < end:
-        if depth == 0 and end - at >= 2 and encoding.whole(data, at, 2) >= _PIXEL_GROUP:
+        if depth == 0 and end - at >= 2 and encoding.short(data, at)[0] >= _PIXEL_GROUP:
             node.reached_pixels = True
             return at
         if end - at < 8:
             raise _MalformedError("the header breaks off within an element")
-        tag = encoding.whole(data, at, 2) << 16 | encoding.whole(data, at + 2, 2)
-        if tag >> 16 == 0xFFFE:
+        group, number = encoding.pair(data, at)
+        tag = group << 16 | number
+        if group == 0xFFFE:
             if delimited and tag == 0xFFFEE00D:
                 return at + 8
             raise _MalformedError("an item delimiter stands where an element should be")
         vr, length, at = _element_start(data, at, end, encoding)
-        keyword, dictionary_vr = _WANTED.get(tag, ("", ""))
+        keyword, dictionary_vr = _WANTED.get(tag, _UNWANTED)
+        if not keyword and length <= end - at:  # most elements: a length of all ones is never within the data
+            at += length
+            continue
         # UN of undefined length holds Implicit VR Little Endian (PS3.5 6.2.2); so does a sequence re-sent as UN.
-        inner = _Encoding(implicit=True, little=True) if vr == "UN" else encoding
+        inner = _IMPLICIT_LITTLE if vr == "UN" else encoding
         is_sequence = vr == "SQ" or (vr in ("", "UN") and dictionary_vr == "SQ")
         if length == _UNDEFINED:
             if vr not in ("", "SQ", "UN"):
                 raise _MalformedError("an element that is no sequence has no length")
-            items, at = _scan_items(data, at, end, inner, depth + 1, node.codecs(), delimited=True)
+            items, at = _scan_items(data, at, end, inner, depth + 1, node.codecs, delimited=True)
             if keyword and dictionary_vr == "SQ":
                 node.items[keyword] = items
             continue
         if length > end - at:
             raise _MalformedError("the header breaks off within an element")
         if keyword and is_sequence and dictionary_vr == "SQ":
-            node.items[keyword], _ = _scan_items(
-                data, at, at + length, inner, depth + 1, node.codecs(), delimited=False
-            )
+            node.items[keyword], _ = _scan_items(data, at, at + length, inner, depth + 1, node.codecs, delimited=False)
         elif keyword and not is_sequence and dictionary_vr != "SQ":
             value_vr = dictionary_vr if vr in ("", "UN") else vr
-            node.texts[keyword] = _texts(value_vr, data[at : at + length], encoding.little, node.codecs())
+            node.put(keyword, _texts(value_vr, data[at : at + length], encoding.little, node.codecs))
         at += length
     if delimited:
         raise _MalformedError("the header breaks off within a sequence")
@@ -443,12 +450,12 @@ def _element_start(data: bytes, at: int, end: int, encoding: _Encoding) -> tuple
     vr = data[at + 4 : at + 6]
     if encoding.implicit or not (vr.isalpha() and vr.isupper()):
         # Some writers mix implicit elements into explicit datasets; no VR is spelt in anything but capitals.
-        return "", encoding.whole(data, at + 4, 4), at + 8
+        return "", encoding.long(data, at + 4)[0], at + 8
     if vr in _LONG_VRS:
         if end - at < 12:
             raise _MalformedError("the header breaks off within an element")
-        return vr.decode("ascii"), encoding.whole(data, at + 8, 4), at + 12
-    return vr.decode("ascii"), encoding.whole(data, at + 6, 2), at + 8
+        return vr.decode("ascii"), encoding.long(data, at + 8)[0], at + 12
+    return vr.decode("ascii"), encoding.short(data, at + 6)[0], at + 8
 
 
 def _scan_items(
@@ -460,8 +467,9 @@ def _scan_items(
     while at < end:
         if end - at < 8:
             raise _MalformedError("the header breaks off within a sequence")
-        tag = encoding.whole(data, at, 2) << 16 | encoding.whole(data, at + 2, 2)
-        length = encoding.whole(data, at + 4, 4)
+        group, number = encoding.pair(data, at)
+        tag = group << 16 | number
+        (length,) = encoding.long(data, at + 4)
         at += 8
         if tag == 0xFFFEE0DD:
             if delimited:
@@ -469,7 +477,7 @@ def _scan_items(
             break
         if tag != 0xFFFEE000:
             raise _MalformedError("a sequence holds something that is no item")
-        item = _Node(inherited=codecs)
+        item = _Node(codecs=codecs)
         if length == _UNDEFINED:
             at = _scan(data, at, end, encoding, depth, item, delimited=True)
         elif length > end - at:
@@ -497,21 +505,21 @@ def _from_dataset(ds: Dataset, node: _Node, depth: int) -> None:
             if dictionary_vr == "SQ":
                 if vr in ("", "SQ", "UN"):
                     node.items[keyword], _ = _scan_items(
-                        raw, 0, len(raw), encoding, depth + 1, node.codecs(), delimited=False
+                        raw, 0, len(raw), encoding, depth + 1, node.codecs, delimited=False
                     )
             else:
                 value_vr = dictionary_vr if vr in ("", "UN") else vr
-                node.texts[keyword] = _texts(value_vr, raw, element.is_little_endian, node.codecs())
+                node.put(keyword, _texts(value_vr, raw, element.is_little_endian, node.codecs))
         elif isinstance(element, DataElement):
             if dictionary_vr == "SQ":
                 if element.VR == "SQ":
                     node.items[keyword] = []
                     for item in element.value:
-                        inner = _Node(inherited=node.codecs())
+                        inner = _Node(codecs=node.codecs)
                         _from_dataset(item, inner, depth + 1)
                         node.items[keyword].append(inner)
             elif element.VR != "SQ":
-                node.texts[keyword] = _plain(element.value, node.codecs())
+                node.put(keyword, _plain(element.value, node.codecs))
 
 
 def _plain(value: object, codecs: tuple[str, ...]) -> tuple[str, ...]:
