@@ -27,7 +27,8 @@ from pydicom.uid import generate_uid
 from pipeline.camera import examination, expose
 from pipeline.phantom import phantom
 
-ROUNDS, OBJECTS = 7, 40
+ROUNDS, OBJECTS = 7, 100
+STARTS = 3
 ECHOES = 200
 IDLE, IDLE_S = 10, 10.0
 VERIFICATION, IMPLICIT = b"1.2.840.10008.1.1", b"1.2.840.10008.1.2"
@@ -125,12 +126,15 @@ def send(storescu: Path, folder: Path, port: int, called: str) -> float:
     """Send a folder in one association; return the seconds it took, without the program's start."""
     command = [str(storescu), "-aet", "OPTIMA1", "-aec", called, "--max-send-pdu", "131072", "127.0.0.1", str(port)]
     environment = {**os.environ, "TCP_NODELAY": "1"}
-    started = time.monotonic()
-    subprocess.run([*command, str(next(folder.iterdir()))], check=True, env=environment, capture_output=True)
-    one_s = time.monotonic() - started
+    first = str(next(folder.iterdir()))
+    one_s = []
+    for _ in range(STARTS):  # the shortest: a start that something else delayed would make the rest look too fast
+        started = time.monotonic()
+        subprocess.run([*command, first], check=True, env=environment, capture_output=True)
+        one_s.append(time.monotonic() - started)
     started = time.monotonic()
     subprocess.run([*command, *sorted(map(str, folder.iterdir()))], check=True, env=environment, capture_output=True)
-    return max(time.monotonic() - started - one_s, 0.001)
+    return max(time.monotonic() - started - min(one_s), 0.001)
 
 
 def barriers(folder: Path, data: bytes) -> float:
