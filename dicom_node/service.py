@@ -324,7 +324,10 @@ def _announce(store: Spool, role: Role, **facts: object) -> None:
     """Say that a role is ready, in a file that tools and tests can wait for."""
     path = store.run / f"{role}.json"
     fresh = path.with_suffix(".fresh")
-    fresh.write_text(json.dumps({"pid": os.getpid(), **facts}), encoding="utf-8")
+    with fresh.open("w", encoding="utf-8") as file:
+        json.dump({"pid": os.getpid(), **facts}, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut leaves the name and nothing in it
     fresh.rename(path)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,41 +159,3 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-WORKING = {
-    "before a claim is synced": ("work", "fdatasync:when=1"),
-    "before a result is synced": ("work", "fsync:when=1"),
-    "before a result's folder is synced": ("work", "fsync:when=2"),
-    "before the results' row is synced": ("work", "fdatasync:when=2"),
-    "before an association is asked for": ("send", "sendto,sendmsg:when=1"),
-    "before a result is sent": ("send", "sendto,sendmsg:when=2"),
-    "before an acknowledgement is synced": ("send", "fdatasync:when=2"),
-}
-
-
-def test_a_worker_or_sender_killed_at_any_point_ends_with_one_result_set_in_the_archive(
-    make_node: Callable[..., Any],
-    orthanc: Any,
-    camera: Callable[..., None],
-    wait: Callable[..., Any],
-    peer: Callable[[str], Path],
-    tmp_path: Path,
-) -> None:
-    strace = peer("strace")
-    node = make_node(orthanc).start("receive").start("work").start("send")
-    scans: Sequence[Dataset] = [_scan(640 + number)[0] for number in range(len(WORKING))]
-    for number, (point, (role, how)) in enumerate(WORKING.items()):
-        calls, when = how.split(":")
-        options = ("-e", "trace=fsync,fdatasync,sendto,sendmsg", "-e", f"inject={calls}:signal=KILL:{when}")
-        pid = node.pid(role)
-        with _watched(strace, pid, wait, tmp_path / f"{number}.calls", *options):
-            camera(node.port, (scans[number],))
-            wait(lambda pid=pid: not _alive(pid), f"killed {point}")
-        node.processes.pop(role).wait()
-        node.start(role)
-        node.wait_for_rows(number + 1, ("delivered",))
-    for ds in scans:
-        assert len(orthanc.find(str(ds.StudyInstanceUID))) == 2, "one report and one picture"
-    results = node.query("select scan_id, count(*) from result group by scan_id")
-    assert [count for _, count in results] == [2] * len(scans)
