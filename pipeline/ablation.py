@@ -207,10 +207,22 @@ def run(
         rows[variant] = row
         path.write_text(json.dumps(rows, indent=2) + "\n")
         say(f"{variant}: {json.dumps(row)}")
-    truths = {name: labels for name, (_, labels, _) in sets.items()}
-    scores = {(variant, name): np.load(work / f"{variant}.{name}.npy") for variant in VARIANTS for name in TESTED}
-    (work / "ablation.md").write_text(page(rows, truths, scores, how), encoding="utf-8")
+        write_page(work, rows, {name: labels for name, (_, labels, _) in sets.items()}, how)
+    write_page(work, rows, {name: labels for name, (_, labels, _) in sets.items()}, how)
     return path
+
+
+def write_page(
+    work: Path, rows: Mapping[str, Any], truths: Mapping[str, NDArray[np.uint8]], how: TrainingSettings = SETTINGS
+) -> None:
+    """`ablation.md` of the rows there are."""
+    scores = {
+        (variant, name): np.load(work / f"{variant}.{name}.npy")
+        for variant in VARIANTS
+        if variant in rows
+        for name in TESTED
+    }
+    (work / "ablation.md").write_text(page(rows, truths, scores, how), encoding="utf-8")
 
 
 def page(
@@ -239,6 +251,9 @@ def page(
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for variant, told in TOLD.items():
+        if variant not in rows:
+            lines.append(f"| {told} | not run yet | | | | |")
+            continue
         cells = []
         for name in TESTED:
             found = rows[variant][name]
