@@ -20,12 +20,12 @@ from dicom_node.errors import RemnantError, WrongUse
 from models import weights
 from models.architectures import build
 from pipeline.acceptance import Acceptance, Criterion, to_json
-from pipeline.analyse import analyse
+from pipeline.analyse import analyse, judge
 from pipeline.camera import examination, expose
-from pipeline.finding import Declined
+from pipeline.finding import Finding
 from pipeline.hospital_cohort import read_cohort
 from pipeline.phantom import phantom
-from pipeline.preprocess import PREPROCESSING_VERSION
+from pipeline.preprocess import PREPROCESSING_VERSION, prepare_scan
 
 RESIDUAL, CLEAN = 12, 12
 SHIPPED = "remnant-resnet18-phantom"
@@ -102,18 +102,25 @@ def test_weights_of_a_hospital_know_how_far_a_scan_may_lie_from_those_they_were_
     assert limit is not None
     assert 1 < limit < 100
 
-    def answered(change: Callable[[NDArray[np.uint16]], None]) -> str:
-        scan = phantom(985_000)
-        change(scan.anterior)
-        change(scan.posterior)
-        outcome = analyse(expose(scan, examination(985_000), "two_frames"), model)
-        return outcome.reason if isinstance(outcome, Declined) else "answered"
+    scan = phantom(985_000)
 
-    def barred(counts: NDArray[np.uint16]) -> None:
-        counts[100:160:12] += 900
+    def distance(change: Callable[[NDArray[np.uint16]], NDArray[np.uint16]]) -> float:
+        views = {
+            name: (change(counts).astype(np.float32), scan.spacing_mm)
+            for name, counts in (("anterior", scan.anterior), ("posterior", scan.posterior))
+        }
+        (seen,) = prepare_scan(views).inputs
+        found = judge(model, seen).distance
+        assert found is not None
+        return found
 
-    assert answered(lambda counts: None) == "answered"
-    assert answered(barred) == "out_of_training_range"
+    def barred(counts: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        bars = counts.copy()
+        bars[100:160:12] += 900
+        return bars
+
+    assert distance(lambda counts: counts) < limit < distance(barred)
+    assert isinstance(analyse(expose(scan, examination(985_000), "two_frames"), model), Finding)
 
 
 def test_what_the_training_started_from_and_its_learning_rate_are_told(made: Path) -> None:

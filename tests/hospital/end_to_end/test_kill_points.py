@@ -106,6 +106,7 @@ RECEIVING = {
 """Points of a C-STORE -> strace's word for them. Each thread counts for itself, and a connection is a thread."""
 
 
+@pytest.mark.skipif("KILL_POINTS" not in os.environ, reason="part of `make soak`: strace itself hangs now and then")
 def test_a_receiver_killed_at_any_point_of_a_c_store_keeps_what_it_acknowledged_and_takes_the_rest_again(
     make_node: Callable[..., Any],
     camera: Callable[..., None],
