@@ -196,8 +196,11 @@ def test_without_a_plain_port_there_is_only_tls(tmp_path: Path, own: Any, camera
 
 def refused(node: Node, caller: ssl.SSLContext | None, calling: str) -> str:
     """What the log says of an association that is rejected as one of an unknown calling AE title."""
-    with capture_logs() as lines:
-        assoc = node.associate(caller, calling)
+    for _ in range(3):  # pynetdicom, as a caller, takes a rejection for a failed connection now and then
+        with capture_logs() as lines:
+            assoc = node.associate(caller, calling)
+        if assoc.is_rejected:
+            break
     assert assoc.is_rejected
     answer = assoc.acceptor.primitive
     assert answer is not None
