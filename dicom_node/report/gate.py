@@ -81,7 +81,10 @@ def _patient_is_the_sources(case: _Case) -> Iterator[str]:
         known = text_of(source, keyword) if identity.usable(keyword, source.get(keyword)) else ""
         if text_of(case.ds, keyword) != known:
             yield f"{keyword} is not the source's"
-    if text_of(case.ds, "SpecificCharacterSet") != text_of(source, "SpecificCharacterSet"):
+    terms = identity.defined_terms(case.ds)
+    if terms is None:
+        yield "SpecificCharacterSet is not known to the standard"
+    elif terms != (identity.defined_terms(source) or ()):
         yield "SpecificCharacterSet is not the source's"
 
 

@@ -13,6 +13,7 @@ from datetime import date, datetime, timedelta, timezone
 from io import BytesIO
 
 import pydicom
+from pydicom.charset import python_encoding
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
@@ -25,6 +26,9 @@ from pipeline import wording
 
 # Copied as they are.
 IDENTIFYING = ("PatientName", "PatientID", "IssuerOfPatientID", "AccessionNumber", "StudyInstanceUID")
+
+_MISSPELT = re.compile(r"ISO[ _-]?IR[ _-]?(\d+)")
+_MISSPELT_2022 = re.compile(r"ISO[ _-]2022[ _-]IR[ _-](\d+)")
 
 # Type 2 in every object we write: present, empty where the source has nothing usable.
 _TYPE_2 = (
@@ -130,11 +134,17 @@ def usable(keyword: str, value: object) -> bool:
 def copy_identity(source: Dataset, target: Dataset) -> tuple[str, ...]:
     """Give `target` the patient, study and order of `source`; return sentences on what had to be left out.
 
-    SpecificCharacterSet comes along, so that names are encoded as the source's archive knows them.
+    SpecificCharacterSet comes along, so that names are encoded as the source's archive knows them; but a term that the
+    standard does not know is left out, which changes nothing of values in plain ASCII.
+
+    Raises
+    ------
+    RenderError: the term is not known and a value is not ASCII, so that nobody can say whose result it would be.
     """
     notes: list[str] = []
-    if text_of(source, "SpecificCharacterSet"):
-        target.SpecificCharacterSet = source.SpecificCharacterSet
+    terms = defined_terms(source)
+    if terms:
+        target.SpecificCharacterSet = list(terms)
     for keyword in IDENTIFYING:
         if text_of(source, keyword) or keyword != "IssuerOfPatientID":
             _set(target, keyword, text_of(source, keyword))
@@ -159,7 +169,28 @@ def copy_identity(source: Dataset, target: Dataset) -> tuple[str, ...]:
                     _set(fresh, element.keyword, _plain(element.value))
                 copied.append(fresh)
             setattr(target, keyword, copied)
+    if terms is None and not all(str(element.value or "").isascii() for element in target.iterall()):
+        raise RenderError(
+            "the source names a character set that DICOM does not know; nothing was sent.",
+            hint="Check SpecificCharacterSet on the camera.",
+            study=text_of(source, "StudyInstanceUID"),
+        )
     return tuple(notes)
+
+
+def defined_terms(ds: Dataset) -> tuple[str, ...] | None:
+    """Return SpecificCharacterSet in the Defined Terms of PS3.3 C.12.1.1.2; () where it is absent, None if unknown.
+
+    Cameras misspell them ("ISO-IR 100"); what can only mean one term is that term.
+    """
+    value = ds.get("SpecificCharacterSet")
+    given = (
+        [str(one).strip() for one in value] if isinstance(value, MultiValue) else [text_of(ds, "SpecificCharacterSet")]
+    )
+    if not any(given):
+        return ()
+    terms = tuple(_MISSPELT.sub(r"ISO_IR \1", _MISSPELT_2022.sub(r"ISO 2022 IR \1", term)) for term in given)
+    return terms if all(not term or term in python_encoding for term in terms) else None
 
 
 def adopted(source: Dataset, accepted: AcceptedIdentity, ae_title: str) -> Dataset:

@@ -2,7 +2,9 @@
 
 import traceback
 from dataclasses import replace
+from io import BytesIO
 
+import pydicom
 import pydicom.config
 import pytest
 from pydicom.dataelem import DataElement
@@ -52,6 +54,55 @@ def test_undeclared_bytes_in_a_name_stay_the_same_bytes(case):
 
     made = case("present", change=undeclared)
     assert b"M\xfcller^Jana" in made.render().data
+    assert _passes(made) == [(), ()]
+
+
+# pydicom tells of such a set whenever somebody else than `render` and `check` decodes a value.
+_ODD = pytest.mark.filterwarnings("ignore:(Unknown encoding|Incorrect value for Specific Character Set)")
+
+
+def _declaring(case, term, name, kind="present"):
+    """A case whose sources came with `term` (10 bytes) in SpecificCharacterSet: no library writes an unknown one."""
+    made = case(kind, who=replace(examination(1), patient_name=name, specific_character_set=("ISO_IR 100",)))
+    sources = []
+    for ds in made.sources:
+        buffer = BytesIO()
+        ds.save_as(buffer, enforce_file_format=True)
+        declared = b"\x08\x00\x05\x00CS\x0a\x00"
+        assert buffer.getvalue().count(declared + b"ISO_IR 100") == 1
+        data = buffer.getvalue().replace(declared + b"ISO_IR 100", declared + term.encode("ascii"))
+        sources.append(pydicom.dcmread(BytesIO(data)))
+    return replace(made, sources=tuple(sources))
+
+
+@_ODD
+@pytest.mark.parametrize("kind", ["present", "low_counts"])
+@pytest.mark.parametrize("term", ["ZQCHARACTE", "ISO_IR 999", "\\ISO_IR 10"])
+def test_a_name_in_a_character_set_that_nobody_knows_is_not_guessed_at(case, term, kind):
+    made = _declaring(case, term, "M\xfcller^Jana", kind)
+    with pytest.raises(RenderError, match="character set that DICOM does not know") as raised:
+        render(made.outcome, made.sources, made.context)
+    assert "ller" not in "".join(traceback.format_exception(raised.value))
+
+
+@_ODD
+@pytest.mark.parametrize("term", ["ZQCHARACTE", "ISO_IR 999"])
+def test_a_name_in_ascii_needs_no_character_set_and_an_unknown_one_is_not_passed_on(case, term):
+    made = _declaring(case, term, "Muller^Jana")
+    for kind in ("sr", "sc"):
+        ds = made.read(kind)
+        assert "SpecificCharacterSet" not in ds
+        assert str(ds.PatientName) == "Muller^Jana"
+    assert _passes(made) == [(), ()]
+
+
+@_ODD
+@pytest.mark.parametrize("misspelt", ["ISO-IR 100", "ISO IR 100", "ISO_IR-100", "ISO_IR_100"])
+def test_a_misspelt_character_set_is_written_as_the_standard_spells_it(case, misspelt):
+    made = _declaring(case, misspelt, "M\xfcller^Jana")
+    for kind in ("sr", "sc"):
+        assert made.read(kind).SpecificCharacterSet == "ISO_IR 100"
+        assert str(made.read(kind).PatientName) == "M\xfcller^Jana"
     assert _passes(made) == [(), ()]
 
 

@@ -190,11 +190,15 @@ class Browser:
 
     def wait(self, expression: str, what: str) -> Any:
         """Wait until an expression is true in the page, and return it."""
+        return self.until(lambda: self.evaluate(expression), bool, what)
+
+    def until(self, look: Callable[[], Any], good: Callable[[Any], Any], what: str) -> Any:
+        """Look until what is seen is good, and return it."""
         deadline = time.monotonic() + _ANSWER_S
         pause = threading.Event()
         while True:
-            value = self.evaluate(expression)
-            if value:
+            value = look()
+            if good(value):
                 return value
             if time.monotonic() > deadline:
                 pytest.fail(
