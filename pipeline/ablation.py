@@ -4,18 +4,20 @@ The same simulated pairs are shown to the same network, trained alike from the s
 counts and under every variant of equalization and GrabCut; each is measured on unseen pairs of the same cameras and on
 those of a camera that none was trained on (other pixels, resolution, sensitivity, scatter). `mask_alone` sees nothing
 but GrabCut's outline: its area says how much of the label the mask itself betrays. Small on purpose, so that all of it
-fits into one sitting: the areas compare the variants with each other, not with the shipped weights.
+fits into one sitting: the areas compare the variants with each other, not with the shipped weights. `--large` asks of
+the two best whether what helped with few scans still helps with more.
 
-Writes `ablation.json` and the page `ablation.md` into DIR, row by row, and goes on where it was interrupted.
+Writes `ablation.json` and the page `ablation.md` into DIR (`--large`: `ablation-large`), row by row, and goes on where
+it was interrupted.
 """
 
 import argparse
-import dataclasses
 import json
 import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -55,6 +57,22 @@ SETS: Final = MappingProxyType(
 )
 LAYERS: Final = ("root", "equalized", "mask")
 """What is cached of each view, on the native grid: root of counts; equalized picture and GrabCut's mask, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much one comparison sees. `name`: of its page. `variants`: the rows, `plain` first.
+
+    `outlined`: whether any variant needs GrabCut's mask, which takes longer than everything else; else its layer is 0.
+    """
+
+    name: str
+    plans: Mapping[str, CohortPlan]
+    settings: TrainingSettings
+    variants: tuple[str, ...]
+    outlined: bool
+
+
 _ORDER: Final = Order(
     steps=("bin", "field_of_view", "crop", "root_plane", "smooth_for_grabcut", "window", "grabcut", "mask"),
     joint=True,
@@ -124,17 +142,30 @@ SETTINGS: Final = TrainingSettings(
     mean=ROOT_COUNTS.mean,
     std=ROOT_COUNTS.std,
 )
+SMALL: Final = Scale("ablation", SETS, SETTINGS, tuple(VARIANTS), outlined=True)
+LARGE: Final = Scale(
+    "ablation-large",
+    {
+        name: replace(plan, pairs=8_000 if name == "training" else 2_000, first_seed=plan.first_seed + 500_000)
+        for name, plan in SETS.items()
+    },
+    replace(SETTINGS, stages=((12, GRID // 2), (4, GRID))),
+    ("plain", "equalized"),
+    outlined=False,
+)
+"""Whether what helped with few scans still helps with more: no mask, and the tests four times as large."""
 
 
-def layers_of(plan: CohortPlan, index: int) -> tuple[Planes, bool, int]:
+def layers_of(plan: CohortPlan, index: int, *, outlined: bool = True) -> tuple[Planes, bool, int]:
     """(7, edge, edge): `LAYERS` of the anterior view, of the posterior one turned, and the field; label; masks kept."""
+    order = _ORDER if outlined else _ORDER.without_outline()
     stratum, residual = plan.draw(index)
     scan = phantom(
         plan.first_seed + index, stratum=stratum, residual=residual, physics=plan.physics, confusers=plan.confusers
     )
     found, field, kept = [], np.zeros((GRID, GRID), np.float32), 0
     for counts, sides in ((scan.anterior, 1), (scan.posterior, -1)):
-        view = prepare(counts.astype(np.float32), scan.spacing_mm, _ORDER)
+        view = prepare(counts.astype(np.float32), scan.spacing_mm, order)
         box = view.crop
         part = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
         crop = counts[part].astype(np.float32)
@@ -147,21 +178,24 @@ def layers_of(plan: CohortPlan, index: int) -> tuple[Planes, bool, int]:
         )
         found += [plane[:, ::sides] for plane in planes]
         field += view.field[:, ::sides] / 2
-        kept += view.mask_rule == "grabcut"
+        kept += outlined and view.mask_rule == "grabcut"
     return np.stack([*found, field]).astype(np.float16), scan.truth.residual, kept
 
 
-def _layers(job: tuple[CohortPlan, int]) -> tuple[Planes, bool, int]:
-    return layers_of(*job)
+def _layers(job: tuple[CohortPlan, int, bool]) -> tuple[Planes, bool, int]:
+    plan, index, outlined = job
+    return layers_of(plan, index, outlined=outlined)
 
 
-def cached(folder: Path, name: str, plan: CohortPlan, processes: int) -> tuple[Planes, NDArray[np.uint8], NDArray[Any]]:
+def cached(
+    folder: Path, name: str, plan: CohortPlan, processes: int, *, outlined: bool = True
+) -> tuple[Planes, NDArray[np.uint8], NDArray[Any]]:
     """Layers (P, 7, edge, edge), labels (P,), number of masks kept (P,); simulated once."""
     path = folder / f"{name}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with multiprocessing.get_context("spawn").Pool(processes, cv2.setNumThreads, (1,)) as pool:
-            rows = pool.map(_layers, [(plan, index) for index in range(plan.pairs)], chunksize=8)
+            rows = pool.map(_layers, [(plan, index, outlined) for index in range(plan.pairs)], chunksize=8)
         layers, labels, kept = zip(*rows, strict=True)
         part = path.with_name(f".{path.name}")
         with part.open("wb") as file:
@@ -171,30 +205,24 @@ def cached(folder: Path, name: str, plan: CohortPlan, processes: int) -> tuple[P
     return data["layers"], data["labels"], data["kept"]
 
 
-def run(
-    work: Path,
-    processes: int,
-    say: Callable[[str], None],
-    *,
-    plans: Mapping[str, CohortPlan] = SETS,
-    how: TrainingSettings = SETTINGS,
-) -> Path:
-    """All variants that have no row yet. Returns the path of `ablation.json`."""
-    sets = {name: cached(work, name, plan, processes) for name, plan in plans.items()}
-    path = work / "ablation.json"
+def run(work: Path, processes: int, say: Callable[[str], None], scale: Scale = SMALL) -> Path:
+    """All variants that have no row yet. Returns the path of `NAME.json`."""
+    sets = {name: cached(work, name, plan, processes, outlined=scale.outlined) for name, plan in scale.plans.items()}
+    path = work / f"{scale.name}.json"
     rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    rows.setdefault(
-        "mask_kept_or_not", {name: {"auc": metrics.roc_auc(labels, kept)} for name, (_, labels, kept) in sets.items()}
-    )
+    if scale.outlined:
+        kept = {name: {"auc": metrics.roc_auc(labels, kept)} for name, (_, labels, kept) in sets.items()}
+        rows.setdefault("mask_kept_or_not", kept)
+    truths = {name: labels for name, (_, labels, _) in sets.items()}
     layers, labels, _ = sets["training"]
-    for variant, make in VARIANTS.items():
+    for variant in scale.variants:
         if variant in rows:
             continue
-        started = time.monotonic()
+        started, make = time.monotonic(), VARIANTS[variant]
         images = make(layers)
         inputs = len(images) // len(labels)
         # Shown to the network as often as the others: a view of its own counts as half a pair.
-        settings = dataclasses.replace(how, epoch_images=inputs * len(labels))
+        settings = replace(scale.settings, epoch_images=inputs * len(labels))
         network = train(images, np.repeat(labels, inputs), settings, checkpoint=work / f"{variant}.pt")
         row: dict[str, Any] = {}
         for name in TESTED:
@@ -207,50 +235,49 @@ def run(
         rows[variant] = row
         path.write_text(json.dumps(rows, indent=2) + "\n")
         say(f"{variant}: {json.dumps(row)}")
-        write_page(work, rows, {name: labels for name, (_, labels, _) in sets.items()}, how)
-    write_page(work, rows, {name: labels for name, (_, labels, _) in sets.items()}, how)
+        write_page(work, rows, truths, scale)
+    write_page(work, rows, truths, scale)
     return path
 
 
-def write_page(
-    work: Path, rows: Mapping[str, Any], truths: Mapping[str, NDArray[np.uint8]], how: TrainingSettings = SETTINGS
-) -> None:
-    """`ablation.md` of the rows there are."""
+def write_page(work: Path, rows: Mapping[str, Any], truths: Mapping[str, NDArray[np.uint8]], scale: Scale) -> None:
+    """`NAME.md` of the rows there are."""
     scores = {
         (variant, name): np.load(work / f"{variant}.{name}.npy")
-        for variant in VARIANTS
+        for variant in scale.variants
         if variant in rows
         for name in TESTED
     }
-    (work / "ablation.md").write_text(page(rows, truths, scores, how), encoding="utf-8")
+    (work / f"{scale.name}.md").write_text(page(rows, truths, scores, scale), encoding="utf-8")
 
 
 def page(
     rows: Mapping[str, Any],
     truths: Mapping[str, NDArray[np.uint8]],
     scores: Mapping[tuple[str, str], NDArray[np.float64]],
-    settings: TrainingSettings = SETTINGS,
+    scale: Scale = SMALL,
 ) -> str:
     """Markdown for `models/cards/`.
 
-    `rows`: of `ablation.json`; `truths`: set -> labels (P,); `scores`: (variant, set) -> (P,).
+    `rows`: of `NAME.json`; `truths`: set -> labels (P,); `scores`: (variant, set) -> (P,).
     """
-    epochs = " and ".join(f"{count} epochs at {edge} pixels" for count, edge in settings.stages)
+    epochs = " and ".join(f"{count} epochs at {edge} pixels" for count, edge in scale.settings.stages)
     lines = [
         "# What each step of the paper's image processing does to the answer",
         "",
         "**SYNTHETIC: every scan was simulated. These figures say nothing about accuracy on patients.**",
         "",
         f"ResNet-18 from the same random weights, {len(truths['training']):,} simulated pairs, {epochs}, tested on "
-        f"{len(truths['same_cameras'])} unseen pairs of the same cameras and {len(truths['other_camera'])} of a camera "
-        "that none was trained on. AUC with DeLong's 95 % interval; p: DeLong's test against `plain` on the same "
-        "pairs, not corrected for the number of comparisons. One training a row: by what two trainings of a row differ "
-        "is not in the intervals. Made by `python -m pipeline.ablation`.",
+        f"{len(truths['same_cameras']):,} unseen pairs of the same cameras and {len(truths['other_camera']):,} of a "
+        "camera that none was trained on. AUC with DeLong's 95 % interval; p: DeLong's test against `plain` on the "
+        "same pairs, not corrected for the number of comparisons. One training a row: by what two trainings of a row "
+        "differ is not in the intervals. Made by `python -m pipeline.ablation`.",
         "",
         "| input | same cameras | p | other camera | p | minutes |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for variant, told in TOLD.items():
+    for variant in scale.variants:
+        told = TOLD[variant]
         if variant not in rows:
             lines.append(f"| {told} | not run yet | | | | |")
             continue
@@ -263,6 +290,8 @@ def page(
             p_value = "" if same else metrics.compare_areas(truths[name], plain, scores[variant, name]).p_value
             cells.append("" if isinstance(p_value, str) else f"{p_value:.4f}")
         lines.append(f"| {told} | {' | '.join(cells)} | {rows[variant]['seconds'] / 60:.0f} |")
+    if not scale.outlined:
+        return "\n".join(lines) + "\n"
     kept = rows["mask_kept_or_not"]
     leak = ", ".join(f"{found['auc']:.3f} ({name.replace('_', ' ')})" for name, found in kept.items())
     lines += [
@@ -277,13 +306,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the steps of the image processing on simulated scans.")
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures (2 GB), checkpoints and result")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--large", action="store_true", help="plain against equalized, with more scans; no mask")
     parser.add_argument("--only-pictures", action="store_true", help="simulate, and stop before training")
     arguments = parser.parse_args()
+    scale = LARGE if arguments.large else SMALL
     if arguments.only_pictures:
-        for name, plan in SETS.items():
-            cached(arguments.work, name, plan, arguments.processes)
+        for name, plan in scale.plans.items():
+            cached(arguments.work, name, plan, arguments.processes, outlined=scale.outlined)
         return
-    path = run(arguments.work, arguments.processes, lambda line: print(line, file=sys.stderr, flush=True))
+    path = run(arguments.work, arguments.processes, lambda line: print(line, file=sys.stderr, flush=True), scale)
     sys.stdout.write(f"{path}\n")
 
 

@@ -96,7 +96,6 @@ def make(
     held = np.concatenate([_any_views(validation.images), validation.images])
     distances = np.array([embedding.distance(row, known) for row in embeddings(rounded, held, settings)])
     found = logits(rounded, validation.images, settings).astype(np.float64)
-    alone = [logits(rounded, single_view(validation.images, view), settings) for view in range(len(VIEWS))]
     temperature = metrics.temperature(validation.labels, found)
     probability = np.array([sigmoid(fused_logit([one], "views_as_channels", temperature)) for one in found])
     threshold = round(metrics.sensitivity_threshold(validation.labels, probability, SENSITIVITY), 4)
@@ -115,13 +114,38 @@ def make(
             draft.training_range, embedding_distance=round(float(distances.max()) * 1.1, 3)
         ),
     )
-    path = weights.save(result, record, network, embedding=known)
+    return measure(work, weights.save(result, record, network, embedding=known), processes, say, plans=plans)
+
+
+def measure(
+    work: Path,
+    record: Path,
+    processes: int,
+    say: Callable[[str], None],
+    *,
+    plans: Mapping[str, CohortPlan] = PLANS,
+) -> Path:
+    """What the node's analysis says with these weights on every set that nothing was chosen on, beside the baseline.
+
+    Writes the weights with these figures in their record, `figures.json` and the card into `work`/result. Returns the
+    path of that record. The tensors stay as they are, to the bit.
+    """
+    cohorts = {}
+    for name in (*TRAINING, "validation"):
+        say(f"{name} cohort: {plans[name].pairs} pairs")
+        cohorts[name] = phantom_cohort(work / "cohorts", plans[name], processes=processes)
+    trainings, validation = [cohorts[name] for name in TRAINING], cohorts["validation"]
+    model = weights.load(str(record))
+    shown = model.record.input
+    settings = dataclasses.replace(FINAL, scale=shown.scale, mean=shown.mean, std=shown.std)
+    found = logits(model.network, validation.images, settings).astype(np.float64)
+    alone = [logits(model.network, single_view(validation.images, view), settings) for view in range(len(VIEWS))]
     fusions = {
         "views_as_channels": metrics.roc_auc(validation.labels, found),
         "mean_logit_of_single_views": metrics.roc_auc(validation.labels, np.mean(alone, axis=0)),
         **{f"{view}_alone": metrics.roc_auc(validation.labels, alone[place]) for place, view in enumerate(VIEWS)},
     }
-    report: dict[str, Any] = {"validation_auc": fusions, "threshold": threshold, "temperature": temperature}
+    report: dict[str, Any] = {"validation_auc": fusions}
     table = np.concatenate([_table(cohort) for cohort in trainings])
     floor = baseline.fit(table, np.concatenate([cohort.labels for cohort in trainings]))
     measured: dict[str, float] = {"training_pairs": len(table), "validation_pairs": len(found)}
@@ -129,7 +153,7 @@ def make(
         if name in cohorts:
             continue
         say(f"measuring on {name}: {plans[name].pairs} pairs")
-        scored = score_phantoms(plans[name], path, processes)
+        scored = score_phantoms(plans[name], record, processes)
         cohort = phantom_cohort(work / "cohorts", plans[name], processes=processes)
         floor_scores = baseline.scores(floor, _table(cohort))
         report[name] = stress_report(scored) | {
@@ -137,8 +161,14 @@ def make(
             "total_counts_auc": metrics.roc_auc(cohort.labels, cohort.total_counts.sum(axis=1)),
         }
         measured |= _short(name, figures(scored)) | {f"{name}_baseline_auc": report[name]["baseline_auc"]}
-    record = dataclasses.replace(record, metrics={key: round(value, 4) for key, value in measured.items()})
-    path = weights.save(result, record, network, embedding=known)
+        say(json.dumps({"set": name, "baseline_auc": report[name]["baseline_auc"], **report[name]["figures"]}))
+    result = work / "result"
+    known = dataclasses.replace(
+        model.record,
+        metrics={key: round(value, 4) for key, value in measured.items()},
+        data=_data(sum(len(cohort.labels) for cohort in trainings), plans),
+    )
+    path = weights.save(result, known, model.network, embedding=model.embedding)
     (result / "figures.json").write_text(json.dumps(report, indent=2) + "\n")
     sources = {name: f"{plan.pairs:,}, seeds from {plan.first_seed}" for name, plan in plans.items()}
     (result / f"{NAME}.md").write_text(card(weights.find(str(path)).record, report, sources), encoding="utf-8")
@@ -295,9 +325,6 @@ def _record(
 ) -> weights.WeightsRecord:
     spacing = np.concatenate([cohort.spacing_mm for cohort in trainings]).astype(float)
     total = np.concatenate([cohort.total_counts for cohort in trainings]).astype(float)
-    measured = ", ".join(
-        f"{plan.pairs} ({name})" for name, plan in plans.items() if name not in (*TRAINING, "validation")
-    )
     return weights.WeightsRecord(
         schema=weights.SCHEMA,
         name=NAME,
@@ -314,12 +341,7 @@ def _record(
         temperature=None,
         fusion="views_as_channels",
         release="demonstration",
-        data=(
-            f"{len(total)} simulated pairs of anterior and posterior neck views from pipeline.phantom for "
-            f"training, {plans['validation'].pairs} for choosing temperature, threshold and band, and for measuring "
-            f"{measured}; no seed in two of them; trained from random weights, no pre-training; no patient's image at "
-            "any point"
-        ),
+        data=_data(len(total), plans),
         trained_on="simulated scans only",
         training_range=weights.TrainingRange(
             # Coarser by a tenth: other cameras' pixels are summed or spread onto the same grid.
@@ -336,14 +358,34 @@ def _record(
     )
 
 
+def _data(training_pairs: int, plans: Mapping[str, CohortPlan]) -> str:
+    measured = ", ".join(
+        f"{plan.pairs} ({name})" for name, plan in plans.items() if name not in (*TRAINING, "validation")
+    )
+    return (
+        f"{training_pairs} simulated pairs of anterior and posterior neck views from pipeline.phantom for "
+        f"training, {plans['validation'].pairs} for choosing temperature, threshold and band, and for measuring "
+        f"{measured}; no seed in two of them; trained from random weights, no pre-training; no patient's image at "
+        "any point"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demonstration weights on simulated scans.")
     parser.add_argument("--work", type=Path, required=True, help="folder for cohorts (1 GB), checkpoint and result")
     parser.add_argument("--processes", type=int, default=2, help="processes that simulate and measure")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch; the shipped weights were made with 2")
+    parser.add_argument("--measure", type=Path, metavar="RECORD", help="train nothing: measure these weights again")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    path = make(arguments.work, arguments.processes, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if arguments.measure is None:
+        path = make(arguments.work, arguments.processes, say)
+    else:
+        path = measure(arguments.work, arguments.measure, arguments.processes, say)
     sys.stdout.write(f"{path}\n")
 
 

@@ -4,14 +4,29 @@ import dataclasses
 import json
 from pathlib import Path
 
-from pipeline.ablation import SETS, SETTINGS, TESTED, TOLD, VARIANTS, run
+from pipeline.ablation import LARGE, SETS, SMALL, TESTED, TOLD, VARIANTS, Scale, run
+
+
+def _tiny(scale: Scale) -> Scale:
+    return dataclasses.replace(
+        scale,
+        plans={name: dataclasses.replace(plan, pairs=12) for name, plan in scale.plans.items()},
+        settings=dataclasses.replace(scale.settings, stages=((1, 28),), batch_size=8),
+    )
+
+
+def test_the_larger_comparison_needs_no_mask_and_says_what_it_compares(tmp_path: Path) -> None:
+    run(tmp_path, 1, lambda line: None, _tiny(LARGE))
+    page = (tmp_path / "ablation-large.md").read_text(encoding="utf-8")
+    assert "SYNTHETIC" in page
+    assert [row.split("`")[1] for row in page.splitlines() if row.startswith("| `")] == ["plain", "equalized"]
+    assert "GrabCut" not in page
 
 
 def test_every_variant_is_trained_measured_and_told_on_a_page(tmp_path: Path) -> None:
-    plans = {name: dataclasses.replace(plan, pairs=12) for name, plan in SETS.items()}
-    how = dataclasses.replace(SETTINGS, stages=((1, 28),), batch_size=8)
+    scale = _tiny(SMALL)
     said: list[str] = []
-    path = run(tmp_path, 1, said.append, plans=plans, how=how)
+    path = run(tmp_path, 1, said.append, scale)
     rows = json.loads(path.read_text(encoding="utf-8"))
     assert set(rows) == {"mask_kept_or_not", *VARIANTS}
     assert set(TOLD) == set(VARIANTS)
@@ -22,11 +37,12 @@ def test_every_variant_is_trained_measured_and_told_on_a_page(tmp_path: Path) ->
     assert all(told in page for told in TOLD.values())
 
     assert len(said) == len(VARIANTS)
-    run(tmp_path, 1, said.append, plans=plans, how=how)
+    run(tmp_path, 1, said.append, scale)
     assert len(said) == len(VARIANTS), "a row that stands was made again"
 
 
 def test_the_sets_share_no_seed_and_the_other_camera_is_in_no_training() -> None:
-    seeds = [set(range(plan.first_seed, plan.first_seed + plan.pairs)) for plan in SETS.values()]
+    plans = [*SETS.values(), *LARGE.plans.values()]
+    seeds = [set(range(plan.first_seed, plan.first_seed + plan.pairs)) for plan in plans]
     assert len(set.union(*seeds)) == sum(map(len, seeds))
     assert [name for name, plan in SETS.items() if plan.physics == "other"] == ["other_camera"]
