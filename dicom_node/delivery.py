@@ -9,7 +9,6 @@ is not remembered: archives get reconfigured, asking again costs an association,
 report from it until somebody restarts the node.
 """
 
-import random
 import threading
 import time
 from contextlib import closing
@@ -18,12 +17,12 @@ from typing import Literal
 from pydicom.uid import UID, ImplicitVRLittleEndian
 from sqlalchemy import Engine
 
-from dicom_node import log, worklist
+from dicom_node import commitment, log, worklist
 from dicom_node.audit import Query, Recorder
 from dicom_node.chain import ChainError, next_object
 from dicom_node.contexts import STUDY_ROOT_FIND
 from dicom_node.errors import SettingsError, StorageError
-from dicom_node.sender import Outcome, Parcel, Peer, back_off_s, encoded_query, find_studies, send
+from dicom_node.sender import Outcome, Parcel, Peer, encoded_query, find_studies, request_commitment, send
 from dicom_node.settings import Destination, Settings
 from dicom_node.spool import Spool
 from dicom_node.tls import encryption_to
@@ -39,6 +38,9 @@ HOLD_S = 3600.0
 POLL_S = 2.0
 """Longest sleep between two looks into the worklist: another machine's worker cannot ring our bell."""
 
+REPORT_WAIT_S = 1.0
+"""Seconds for an archive to report on Storage Commitment while the association stands; most call us back instead."""
+
 _log = log.get("sender")
 
 
@@ -51,6 +53,9 @@ def peer_of(settings: Settings, destination: Destination) -> Peer:
     """
     encryption = encryption_to(settings, destination)
     return Peer(destination.name, destination.ae_title, destination.host, destination.port, encryption)
+
+
+_DUPLICATE = 0x0111  # stored, once commitment confirms it
 
 
 class Sender:
@@ -117,7 +122,10 @@ class Sender:
             for delivery in due:
                 self._record(destination, delivery, Outcome("later", None, str(error), alarm=True), time.monotonic())
             return True
-        if destination.query:
+        stored, due = tuple(one for one in due if one.stored_at), tuple(one for one in due if not one.stored_at)
+        if stored:
+            self._ask_commitment(destination, peer, stored)
+        if destination.query and due:
             due = self._meant_for(destination, peer, due)
         by_key = {delivery.id: delivery for delivery in due}
         parcels = [
@@ -217,6 +225,19 @@ class Sender:
         self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome, started: float
     ) -> None:
         rules = self._settings.delivery
+        if destination.storage_commitment and (outcome.kind == "acknowledged" or outcome.status == _DUPLICATE):
+            worklist.record_stored(self._engine, delivery.id, status=outcome.status, warning=outcome.warning)
+            self._recorder.sent(delivery.whose, delivery.sop_class_uid, destination, "")
+            _log.info(
+                "stored_at_destination",
+                scan=delivery.scan_id,
+                revision=delivery.revision,
+                kind=delivery.kind,
+                destination=destination.name,
+                outcome=outcome.text,
+                took_ms=round(1000 * (time.monotonic() - started), 1),
+            )
+            return
         state: Literal["pending", "acknowledged", "refused", "given_up"] = "pending"
         delay_s = 0.0
         if outcome.kind == "acknowledged":
@@ -225,12 +246,7 @@ class Sender:
             if delivery.tried_for_s > rules.give_up_after_days * 86_400:
                 state = "given_up"
             else:
-                delay_s = back_off_s(
-                    delivery.attempts + 1,
-                    first_s=rules.first_retry_s,
-                    max_s=rules.max_retry_s,
-                    jitter=random.random(),  # noqa: S311 - spreads retries, keeps no secret
-                )
+                delay_s = commitment.pause_s(rules, delivery.attempts + 1)
         else:
             state = "refused"
         worklist.record_delivery(
@@ -261,6 +277,49 @@ class Sender:
             outcome=outcome.text,
             retry_in_s=round(delay_s, 1) if state == "pending" else None,
             took_ms=round(1000 * (time.monotonic() - started), 1),
+        )
+
+    def _ask_commitment(self, destination: Destination, peer: Peer, stored: tuple[worklist.DueDelivery, ...]) -> None:
+        """Ask the archive to commit itself to what it stored; what it says comes here or to the receiver."""
+        rules = self._settings.delivery
+        asked = []
+        for delivery in stored:
+            if not destination.storage_commitment:  # the setting went, and nobody asks any longer
+                worklist.record_delivery(self._engine, delivery.id, state="acknowledged")
+            elif delivery.tried_for_s > rules.give_up_after_days * 86_400:
+                why = "stored, but the archive never committed itself to keep it"
+                worklist.record_delivery(self._engine, delivery.id, state="given_up", error=why)
+                _log.error("not_committed", scan=delivery.scan_id, destination=destination.name, outcome=why)
+            else:
+                asked.append(delivery)
+        if not asked:
+            return
+        transaction_uid = commitment.new_transaction_uid()
+        ids = [delivery.id for delivery in asked]
+        delay_s = commitment.pause_s(rules, max(delivery.attempts for delivery in asked))
+        # Before the archive hears of it: its report may be faster than we are.
+        worklist.ask_commitment(self._engine, ids, transaction_uid, delay_s=delay_s)
+        outcome = request_commitment(
+            peer,
+            commitment.request(transaction_uid, [(one.sop_class_uid, one.sop_instance_uid) for one in asked]),
+            heed=lambda ds, event_type_id: commitment.take_report(
+                self._engine, rules, (destination.name,), commitment.report_of(ds), event_type_id
+            ),
+            report_wait_s=REPORT_WAIT_S,
+            calling_ae_title=self._settings.node.ae_title,
+            connect_timeout_s=rules.timeout_s,
+            acse_timeout_s=rules.timeout_s,
+            dimse_timeout_s=rules.timeout_s,
+        )
+        if outcome.kind != "acknowledged":
+            worklist.record_unasked(self._engine, ids, outcome.text)
+        speak = _log.error if outcome.alarm else _log.info if outcome.kind == "acknowledged" else _log.warning
+        speak(
+            "commitment_asked",
+            destination=destination.name,
+            objects=len(asked),
+            outcome=outcome.text,
+            asked_again_in_s=round(delay_s, 1),
         )
 
     def _fall_back(self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome) -> Outcome | None:

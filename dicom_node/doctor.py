@@ -11,7 +11,7 @@ from pathlib import Path
 from dicom_node import tls, worklist
 from dicom_node.audit import spool_of
 from dicom_node.audit.repository import reach
-from dicom_node.contexts import REPORT_CHAIN, RESULT_CLASSES
+from dicom_node.contexts import REPORT_CHAIN, RESULT_CLASSES, STORAGE_COMMITMENT
 from dicom_node.delivery import peer_of
 from dicom_node.errors import RemnantError, SettingsError
 from dicom_node.sender import accepted_classes, echo
@@ -67,7 +67,7 @@ def ask_destination(settings: Settings, destination: Destination) -> Iterator[Ch
     try:
         takes = accepted_classes(
             peer,
-            list(dict.fromkeys(one.uid for one in (*REPORT_CHAIN, *RESULT_CLASSES.values()))),
+            [*dict.fromkeys(one.uid for one in (*REPORT_CHAIN, *RESULT_CLASSES.values())), STORAGE_COMMITMENT],
             calling_ae_title=settings.node.ae_title,
             connect_timeout_s=ECHO_TIMEOUT_S,
             acse_timeout_s=ECHO_TIMEOUT_S,
@@ -79,6 +79,10 @@ def ask_destination(settings: Settings, destination: Destination) -> Iterator[Ch
     drawn = any("sc" in one.results for one in settings.destinations)
     ok, detail = what_it_gets(destination.results, takes, drawn=drawn)
     yield Check(f"results to {destination.name}", ok, detail)
+    if destination.storage_commitment:
+        can = takes[STORAGE_COMMITMENT]
+        how = "does Storage Commitment" if can else "does no Storage Commitment: results would never count as delivered"
+        yield Check(f"commitment of {destination.name}", can, how)
 
 
 def what_it_gets(results: tuple[str, ...], takes: Mapping[str, bool], *, drawn: bool) -> tuple[bool, str]:

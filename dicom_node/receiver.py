@@ -1,4 +1,4 @@
-"""C-ECHO and C-STORE as SCP (PS3.4 annex A and B, PS3.7 9.1.1 and 9.1.5).
+"""C-ECHO and C-STORE as SCP, and reports on Storage Commitment (PS3.4 annexes A, B, J, PS3.7 9.1.1, 9.1.5, 10.1.1).
 
 The order that makes "Success" true: the association is admitted by AE title and address; the dataset's bytes, exactly
 as sent, are durable in the spool; one transaction holds the instance row and the transition; only then 0x0000. Killing
@@ -8,20 +8,40 @@ It runs in a process of its own and imports neither torch nor cv2, so that a cra
 Everything that goes wrong becomes a status for the peer: what may pass is A700 (try later), what cannot is Cxxx.
 """
 
+import socket
 import time
 from ipaddress import ip_address, ip_network
 
 from sqlalchemy import Engine
 
-from dicom_node import log, spool, worklist
+from dicom_node import commitment, log, spool, worklist
 from dicom_node.audit import Recorder
-from dicom_node.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, accepted_contexts
+from dicom_node.contexts import (
+    IMPLEMENTATION_CLASS_UID,
+    IMPLEMENTATION_VERSION_NAME,
+    STORAGE_COMMITMENT,
+    STORAGE_COMMITMENT_INSTANCE,
+    accepted_contexts,
+    report_context,
+)
 from dicom_node.errors import RemnantError
 from dicom_node.part10 import part_10_header
-from dicom_node.settings import Settings, Source
+from dicom_node.settings import Destination, Settings, Source
 from dicom_node.spool import Spool
 from dicom_node.tls import server_context
-from dicom_node.transport import C_STORE_RQ, Door, Limits, Peer, Refusal, Request, Server, Service, listen
+from dicom_node.transport import (
+    C_STORE_RQ,
+    N_EVENT_REPORT_RQ,
+    Certificate,
+    Door,
+    Limits,
+    Peer,
+    Refusal,
+    Request,
+    Server,
+    Service,
+    listen,
+)
 from dicom_node.uids import valid_uid
 from dicom_node.wake import Bell
 from dicom_node.whose import Identity
@@ -29,6 +49,8 @@ from pipeline.views import UnreadableHeader, header_facts
 
 SUCCESS = 0x0000
 PROCESSING_FAILURE = 0x0110
+NO_SUCH_INSTANCE = 0x0112
+NO_SUCH_CLASS = 0x0118
 OUT_OF_RESOURCES = 0xA700
 DOES_NOT_MATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
@@ -76,8 +98,11 @@ class Receiver:
         if host != self._settings.node.host:
             _log.warning("listening_on_loopback_only", why="no [[sources]] is configured")
         receiver = self._settings.receiver
+        contexts = accepted_contexts(receiver.extra_classes, receiver.extra_syntaxes)
+        if any(destination.storage_commitment for destination in self._settings.destinations):
+            contexts.append(report_context())
         service = Service(
-            contexts=accepted_contexts(receiver.extra_classes, receiver.extra_syntaxes),
+            contexts=contexts,
             implementation_class_uid=IMPLEMENTATION_CLASS_UID,
             implementation_version_name=IMPLEMENTATION_VERSION_NAME,
             limits=Limits(
@@ -87,7 +112,8 @@ class Receiver:
                 object_bytes=int(receiver.max_object),
             ),
             admit=self._admit,
-            handlers={C_STORE_RQ: self._on_store},
+            handlers={C_STORE_RQ: self._on_store, N_EVENT_REPORT_RQ: self._on_report},
+            may_use=self._may_use,
             heed=self._recorder.heed,
         )
         try:
@@ -120,7 +146,35 @@ class Receiver:
     def _admit(self, peer: Peer) -> Refusal | None:
         if peer.called_ae_title != self._settings.node.ae_title:
             return _UNKNOWN_CALLED
-        return refusal(self._settings.sources, peer)
+        refused = refusal(self._settings.sources, peer)
+        return None if refused is None or reporting(self._settings.destinations, peer) else refused
+
+    def _may_use(self, peer: Peer, abstract_syntax_uid: str) -> bool:
+        """An archive calls to report on Storage Commitment and for nothing else, a camera for everything but that."""
+        if abstract_syntax_uid == STORAGE_COMMITMENT:
+            return bool(reporting(self._settings.destinations, peer))
+        return refusal(self._settings.sources, peer) is None
+
+    def _on_report(self, request: Request) -> int:
+        """Take an archive's report on Storage Commitment (PS3.4 J.3.3); return the status."""
+        if request.sop_class_uid != STORAGE_COMMITMENT or request.abstract_syntax_uid != STORAGE_COMMITMENT:
+            return NO_SUCH_CLASS
+        if request.sop_instance_uid != STORAGE_COMMITMENT_INSTANCE:
+            return NO_SUCH_INSTANCE
+        names = reporting(self._settings.destinations, request.peer)
+        status = PROCESSING_FAILURE
+        try:
+            report = commitment.read_report(request.data, request.transfer_syntax_uid)
+            return commitment.take_report(self._engine, self._settings.delivery, names, report, request.event_type_id)
+        except commitment.UnreadableReport as error:
+            status, why = commitment.INVALID_ARGUMENT, str(error)
+        except RemnantError as error:
+            why = str(error)
+        if self._refusals.admit() is not None:
+            _log.warning(
+                "commitment_report_refused", source_aet=request.peer.calling_ae_title, status=f"{status:04X}", why=why
+            )
+        return status
 
     def _on_store(self, request: Request) -> int:
         """Take one object (PS3.4 B.2.3); return the status."""
@@ -216,3 +270,33 @@ def refusal(sources: tuple[Source, ...], peer: Peer) -> Refusal | None:
     if not any(peer.certificate.is_called(name) for name in names):
         return Refusal(1, 1, 3, f"the certificate is not one of this source's: {peer.certificate}")
     return None
+
+
+def reporting(destinations: tuple[Destination, ...], peer: Peer) -> tuple[str, ...]:
+    """Names of the archives that a peer may report for on Storage Commitment: by AE title, address and certificate.
+
+    An archive that we call over TLS reports over TLS, under the name by which we know it.
+    """
+    return tuple(
+        one.name
+        for one in destinations
+        if one.storage_commitment
+        and one.ae_title == peer.calling_ae_title
+        and peer.address in _addresses(one.host)
+        and (not one.tls if peer.certificate is None else _is_called(one, peer.certificate))
+    )
+
+
+def _is_called(destination: Destination, certificate: Certificate) -> bool:
+    return any(
+        certificate.is_called(name) for name in (destination.server_name or destination.host, destination.ae_title)
+    )
+
+
+def _addresses(host: str) -> frozenset[str]:
+    """Addresses of a host, asked anew each time: an archive that moves must not be locked out."""
+    try:
+        found = {str(info[4][0]).split("%", 1)[0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return frozenset()
+    return frozenset(str(ip_address(one)) for one in found)

@@ -1,4 +1,6 @@
-"""C-STORE as SCU: the network part of a delivery, nothing of the worklist (PS3.4 annex B, PS3.7 section 9.1.1).
+"""C-STORE and Storage Commitment as SCU: the network part of a delivery, nothing of the worklist.
+
+PS3.4 annexes B and J, PS3.7 sections 9.1.1 and 10.1.
 
 What happened to an object is a value, an `Outcome`, never an exception: acknowledged, refused, to be tried later, or
 not negotiable. "Acknowledged" is said only for a response that names this very message and this very object; a lost
@@ -13,7 +15,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
 from pynetdicom.dsutils import encode
@@ -294,6 +296,36 @@ def find_studies(
         line.close()
 
 
+def request_commitment(
+    peer: Peer,
+    information: Dataset,
+    *,
+    heed: Callable[[Dataset, int], int],
+    report_wait_s: float,
+    calling_ae_title: str,
+    connect_timeout_s: float,
+    acse_timeout_s: float,
+    dimse_timeout_s: float,
+) -> Outcome:
+    """Ask the peer to commit itself to the objects of `information` (N-ACTION, PS3.4 J.3.2): "acknowledged" means that
+    it will report, "later" why it could not be asked.
+
+    heed: takes the report (Event Information, Event Type ID) where it comes on this very association, within
+    report_wait_s of the answer, and returns the status for it. What the network or the peer does never raises.
+    """
+    line = _Line(
+        peer,
+        [build_context(contexts.STORAGE_COMMITMENT, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
+        calling_ae_title=calling_ae_title,
+        timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
+        heed=heed,
+    )
+    try:
+        return line.request_commitment(information, report_wait_s)
+    finally:
+        line.close()
+
+
 @dataclass(frozen=True, slots=True)
 class _Timeouts:
     connect_s: float
@@ -320,6 +352,7 @@ class _Line:
         *,
         calling_ae_title: str,
         timeouts: _Timeouts,
+        heed: Callable[[Dataset, int], int] | None = None,
     ) -> None:
         """Request the association. Where there is none afterwards, `fault` says why."""
         self.fault: Outcome | None = None
@@ -330,6 +363,8 @@ class _Line:
         self._rejection: A_ASSOCIATE_RJ | None = None
         self._sent = 0
         self._assoc: Association | None = None
+        self._heed = heed
+        self._reported = threading.Event()
         self._encrypting = _Encrypting(peer.tls) if peer.tls else None
         ae = AE(ae_title=calling_ae_title)
         ae.implementation_class_uid = contexts.IMPLEMENTATION_CLASS_UID
@@ -351,6 +386,7 @@ class _Line:
                         (evt.EVT_CONN_OPEN, self._opened),
                         (evt.EVT_PDU_RECV, self._pdu_received),
                         (evt.EVT_DIMSE_RECV, self._received),
+                        (evt.EVT_N_EVENT_REPORT, self._report),
                     ],
                 )
             except OSError as error:  # the name cannot be resolved
@@ -376,13 +412,52 @@ class _Line:
             return _unreadable(error)
         message_id = self._next_message_id()
         limit_s = self._timeouts.dimse_s + size_bytes / _SLOWEST_BYTES_PER_S
-        return self._ask(limit_s, "C_STORE_RSP", parcel.sop_instance_uid, message_id, what)
+        return self._ask(
+            limit_s,
+            "C_STORE_RSP",
+            parcel.sop_instance_uid,
+            message_id,
+            lambda assoc: assoc.send_c_store(what, msg_id=message_id, priority=0),
+        )
 
     def echo(self) -> Outcome:
         """Send a C-ECHO, if the association stands."""
         if self.fault is not None:
             return self.fault
-        return self._ask(self._timeouts.dimse_s, "C_ECHO_RSP", "", self._next_message_id(), None)
+        message_id = self._next_message_id()
+        return self._ask(
+            self._timeouts.dimse_s, "C_ECHO_RSP", "", message_id, lambda assoc: assoc.send_c_echo(msg_id=message_id)
+        )
+
+    def request_commitment(self, information: Dataset, report_wait_s: float) -> Outcome:
+        """Send an N-ACTION, if the association stands, and wait a little for the report."""
+        if self.fault is not None:
+            if self.fault.kind == "rejected_context":
+                return Outcome("later", None, "the archive does no Storage Commitment", alarm=True)
+            return self.fault
+        message_id = self._next_message_id()
+        outcome = self._ask(
+            self._timeouts.dimse_s,
+            "N_ACTION_RSP",
+            contexts.STORAGE_COMMITMENT_INSTANCE,
+            message_id,
+            lambda assoc: assoc.send_n_action(
+                information,
+                1,
+                UID(contexts.STORAGE_COMMITMENT),
+                UID(contexts.STORAGE_COMMITMENT_INSTANCE),
+                msg_id=message_id,
+            )[0],
+        )
+        if outcome.status is None:
+            return outcome
+        if outcome.status != 0x0000:
+            # Whatever it says, what it stored stays stored. What will not pass by itself is for a person.
+            for_good = outcome.status not in (0x0110, 0x0210, 0x0213)
+            text = f"the archive takes no request for Storage Commitment ({outcome.status:04X})"
+            return Outcome("later", outcome.status, text, alarm=for_good)
+        self._reported.wait(report_wait_s)
+        return Outcome("acknowledged", 0x0000, "asked")
 
     def find(self, study_instance_uid: str) -> tuple[Identity, ...] | Outcome:
         """Ask whose one study is, if the association stands."""
@@ -438,7 +513,12 @@ class _Line:
             self._encrypting.close()
 
     def _ask(
-        self, limit_s: float, answer: str, sop_instance_uid: str, message_id: int, what: Path | Dataset | None
+        self,
+        limit_s: float,
+        answer: str,
+        sop_instance_uid: str,
+        message_id: int,
+        call: Callable[[Association], Dataset],
     ) -> Outcome:
         assoc = self._assoc
         if assoc is None or not assoc.is_established:
@@ -448,10 +528,7 @@ class _Line:
         began = time.monotonic()
         try:
             with self._at_most(limit_s + _GRACE_S):
-                if what is None:
-                    response = assoc.send_c_echo(msg_id=message_id)
-                else:
-                    response = assoc.send_c_store(what, msg_id=message_id, priority=0)
+                response = call(assoc)
         except RuntimeError:  # pynetdicom: it ended between our look and its own
             return self._ended("the archive ended the association")
         except _UNREADABLE as error:
@@ -528,6 +605,15 @@ class _Line:
                 sop_instance_uid=str(command.get("AffectedSOPInstanceUID", "") or "").rstrip("\0 "),
             )
         )
+
+    def _report(self, event: evt.Event) -> tuple[int, None]:
+        """Take an N-EVENT-REPORT, in pynetdicom's thread, which would answer an exception of ours with 0110 as well."""
+        if self._heed is None:
+            return 0x0211, None  # unrecognised operation: we asked for nothing
+        try:
+            return self._heed(event.event_information, int(event.event_type or 0)), None
+        finally:
+            self._reported.set()
 
     @contextmanager
     def _at_most(self, seconds: float) -> Iterator[None]:

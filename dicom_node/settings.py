@@ -197,8 +197,9 @@ class Destination(_Section):
     the Segmentation of the anterior view where tissue was outlined, "seg-posterior" one that viewers may mirror."""
     sc: Literal["colour", "grey"] = "colour"
     """Secondary Capture in true colour or in grey; some workstations show only one."""
-    storage_commitment: Annotated[bool, _not_built(False)] = False
-    """Ask for Storage Commitment. Not built yet: only false is accepted, so that nobody relies on it."""
+    storage_commitment: bool = False
+    """Ask the archive to commit itself to what it stored (Storage Commitment): a result counts as delivered when it
+    has. It may report on a new association, and is admitted for that by this AE title and host."""
     query: bool = False
     """Ask the archive whose the study is (C-FIND) before sending to it, and hold back what differs. Off by default:
     not every archive answers queries, and a result waits until it does."""

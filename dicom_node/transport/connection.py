@@ -110,7 +110,7 @@ _WRONG_APPLICATION = Refusal(1, 1, 2, "application context name not supported")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A DIMSE request. `excess`: see `dimse.Message`; the data set is empty then."""
+    """A DIMSE request. `excess`: see `dimse.Message`; the data set is empty then. `event_type_id`: of a report."""
 
     peer: Peer
     abstract_syntax_uid: str
@@ -119,14 +119,16 @@ class Request:
     sop_instance_uid: str
     data: bytes
     excess: str
+    event_type_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
     """What the called side offers.
 
-    `admit` decides on a peer, `handlers` map a Command Field to what answers it with a status (C-ECHO is answered
-    without one). `heed` hears of everything that is reported to the log, also where the log leaves it out.
+    `admit` decides on a peer, `may_use` on each class that it asks for, `handlers` map a Command Field to what answers
+    it with a status (C-ECHO is answered without one). `heed` hears of everything that is reported to the log, also
+    where the log leaves it out.
     """
 
     contexts: Sequence[PresentationContext]
@@ -135,6 +137,7 @@ class Service:
     limits: Limits
     admit: Callable[[Peer], Refusal | None]
     handlers: Mapping[int, Callable[[Request], int]]
+    may_use: Callable[[Peer, str], bool] = lambda _peer, _abstract_syntax_uid: True
     heed: Callable[[str, Mapping[str, object]], None] = lambda _event, _fields: None
 
 
@@ -368,9 +371,10 @@ class Connection:
         return True
 
     def _accept(self, request: AssociationRequest) -> None:
-        service = self._service
+        service, peer = self._service, self.peer
+        offered = [cx for cx in service.contexts if peer and service.may_use(peer, str(cx.abstract_syntax))]
         answer, self._agreed = accept(
-            request, service.contexts, service.implementation_class_uid, service.implementation_version_name
+            request, offered, service.implementation_class_uid, service.implementation_version_name
         )
         self._inbox = Inbox(self._house.memory, self._limits.object_bytes, frozenset(self._agreed))
         self._maximum_length = request.maximum_length
@@ -539,6 +543,7 @@ class Connection:
                 sop_instance_uid=command.sop_instance_uid,
                 data=message.data,
                 excess=message.excess,
+                event_type_id=dimse.event_type_id(command),
             )
         )
 

@@ -13,6 +13,7 @@ from threading import Lock
 
 C_STORE_RQ = 0x0001
 C_ECHO_RQ = 0x0030
+N_EVENT_REPORT_RQ = 0x0100
 C_CANCEL_RQ = 0x0FFF
 RESPONSE = 0x8000
 """The bit by which a response's Command Field differs from its request's (PS3.7 E.1)."""
@@ -36,6 +37,7 @@ _COMMAND_DATA_SET_TYPE = 0x0800
 _STATUS = 0x0900
 _AFFECTED_SOP_INSTANCE_UID = 0x1000
 _REQUESTED_SOP_INSTANCE_UID = 0x1001
+_EVENT_TYPE_ID = 0x1002
 
 _ELEMENT = struct.Struct("<HHI")
 
@@ -100,6 +102,11 @@ def read_command(data: bytes) -> Command:
         has_data=data_set_type != _NO_DATA_SET,
         elements=elements,
     )
+
+
+def event_type_id(command: Command) -> int | None:
+    """Return the Event Type ID of an N-EVENT-REPORT-RQ; None where there is none. Raises Violation."""
+    return _number(command.elements, _EVENT_TYPE_ID)
 
 
 def response(request: Command, status: int) -> bytes:

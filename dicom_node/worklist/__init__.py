@@ -1,12 +1,19 @@
 """The worklist: what the node knows about every scan, and all SQL of the product.
 
 Plain functions on an SQLAlchemy engine. Start reading at `states` (what a row can be), then `intake` (what arrives),
-`work` (the worker), `deliveries` (the sender), `view` (people) and `upkeep` (retention, checks); `tables` has the
-columns, `guard` the one function that changes a state, `events` the history.
+`work` (the worker), `deliveries` and `commitments` (the sender), `view` (people) and `upkeep` (retention, checks);
+`tables` has the columns, `guard` the one function that changes a state, `events` the history.
 
 When a function raises, nothing of what it was to do has happened; when it returns, it is committed and on the disk.
 """
 
+from dicom_node.worklist.commitments import (
+    Reported,
+    ask_commitment,
+    record_report,
+    record_stored,
+    record_unasked,
+)
 from dicom_node.worklist.deliveries import (
     DueDelivery,
     NewResult,
@@ -113,11 +120,13 @@ __all__ = [
     "Predecessor",
     "PurgeableFile",
     "Receipt",
+    "Reported",
     "SentResult",
     "Stored",
     "TransitionRefused",
     "WorklistFault",
     "accept_identity",
+    "ask_commitment",
     "backup",
     "break_lease",
     "changes_since",
@@ -157,6 +166,9 @@ __all__ = [
     "receive",
     "record_delivery",
     "record_event",
+    "record_report",
+    "record_stored",
+    "record_unasked",
     "release_deliveries",
     "release_owner",
     "release_version",

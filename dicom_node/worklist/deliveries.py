@@ -7,7 +7,7 @@ another when the hold ends, or at once by its own next life. At least once, the 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sqlalchemy import Connection, Engine, case, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, case, func, insert, or_, select, update
 
 from dicom_node.whose import Identity
 from dicom_node.worklist import history, identities
@@ -25,8 +25,8 @@ class DueDelivery:
     """An object to send to the destination that was asked for.
 
     `attempts` counts the ended tries, `first_tried_at` is this try's time for the first, `tried_for_s` the seconds
-    since then by the database's clock: what `give_up_after_days` is compared with. `whose`: the identity that the
-    object has to have at the destination.
+    since then by the database's clock: what `give_up_after_days` is compared with. `stored_at`: since when the archive
+    has the object, and only has to commit itself. `whose`: the identity that the object has to have at the destination.
     """
 
     id: int
@@ -40,8 +40,14 @@ class DueDelivery:
     attempts: int
     first_tried_at: str
     tried_for_s: float
+    stored_at: str | None
     study_instance_uid: str
     whose: Identity = field(repr=False)
+
+
+def sent_there() -> ColumnElement[bool]:
+    """A delivery whose destination has the object, also where it has not committed itself to keep it."""
+    return or_(delivery.c.state == "acknowledged", delivery.c.stored_at.is_not(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +143,7 @@ def due_deliveries(
                 result.c.sha256,
                 delivery.c.attempts,
                 delivery.c.first_tried_at,
+                delivery.c.stored_at,
                 scan.c.study_instance_uid,
             )
             .join(result, result.c.id == delivery.c.result_id)
@@ -185,7 +192,7 @@ def record_delivery(
     TransitionRefused: there is no such delivery.
     """
     with writing(engine) as conn:
-        scan_id, revision = _hold_row_of(conn, delivery_id)
+        scan_id, revision = hold_row_of(conn, delivery_id)
         before = ("pending", "cancelled", "refused", "given_up") if state == "acknowledged" else ("pending",)
         recorded = conn.execute(
             update(delivery)
@@ -204,7 +211,7 @@ def record_delivery(
         if recorded is None:
             return
         if state == "pending":
-            _explain(conn, scan_id, revision)
+            explain(conn, scan_id, revision)
             return
         said = "" if status is None else f" status {status:04X}"
         history.append(
@@ -255,7 +262,7 @@ def substitute_delivery(
     TransitionRefused: there is no such delivery, it is at rest already, or its row has gone on to another revision.
     """
     with writing(engine) as conn:
-        scan_id, revision = _hold_row_of(conn, delivery_id)
+        scan_id, revision = hold_row_of(conn, delivery_id)
         standing = conn.execute(select(scan.c.state, scan.c.revision).where(scan.c.id == scan_id)).one()
         if standing.state != "sending" or standing.revision != revision:
             raise TransitionRefused(f"scan {scan_id} no longer sends revision {revision}")
@@ -287,14 +294,14 @@ def substitute_delivery(
             )
         )
         if known is None:
-            _explain(conn, scan_id, revision)
+            explain(conn, scan_id, revision)
             return insert_delivery(conn, scan_id, result_id, replaced.destination)
         if settle(conn, scan_id) is None:
-            _explain(conn, scan_id, revision)
+            explain(conn, scan_id, revision)
         return int(known)
 
 
-def _hold_row_of(conn: Connection, delivery_id: int) -> tuple[int, int]:
+def hold_row_of(conn: Connection, delivery_id: int) -> tuple[int, int]:
     """Lock a delivery's row before the delivery, always in this order; returns (scan id, revision of the result)."""
     found = conn.execute(
         select(delivery.c.scan_id, result.c.revision)
@@ -326,11 +333,11 @@ def settle(conn: Connection, scan_id: int) -> str | None:
     else:
         to_state = {"analysed": "delivered", "declined": "declined", "failed": "failed"}[row["outcome"]]
     change(conn, Standing(scan_id, "sending", row["revision"]), to_state, "settled", detail=", ".join(sorted(states)))
-    _explain(conn, scan_id, row["revision"])
+    explain(conn, scan_id, row["revision"])
     return to_state
 
 
-def _explain(conn: Connection, scan_id: int, revision: int) -> None:
+def explain(conn: Connection, scan_id: int, revision: int) -> None:
     """Put on the row why a good answer has not arrived, or not without a warning: the admin reads the row first.
 
     The worst of its deliveries speaks: refused, given up, tried in vain, acknowledged with a warning, and last the one
@@ -343,7 +350,13 @@ def _explain(conn: Connection, scan_id: int, revision: int) -> None:
     weight = case({"refused": 0, "given_up": 1, "pending": 2, "acknowledged": 3}, value=delivery.c.state, else_=4)
     order = case((delivery.c.state == "cancelled", -delivery.c.id), else_=delivery.c.id)
     worst = conn.execute(
-        select(delivery.c.destination, delivery.c.state, delivery.c.last_status, delivery.c.last_error)
+        select(
+            delivery.c.destination,
+            delivery.c.state,
+            delivery.c.last_status,
+            delivery.c.last_error,
+            delivery.c.stored_at,
+        )
         .join(result, result.c.id == delivery.c.result_id)
         .where(
             delivery.c.scan_id == scan_id,
@@ -357,6 +370,8 @@ def _explain(conn: Connection, scan_id: int, revision: int) -> None:
         status = "" if worst.last_status is None else f" with status {worst.last_status:04X}"
         labels = {"pending": "will be tried again", "cancelled": "substituted"}
         label = labels.get(worst.state, worst.state.replace("_", " "))
+        if worst.state == "pending" and worst.stored_at is not None:
+            label = "stored, waits for Storage Commitment"
         said = f"{worst.destination}: {label}{status}: {worst.last_error}"
     if row.outcome == "analysed" or (worst is not None and worst.state in ("refused", "given_up")):
         conn.execute(update(scan).where(scan.c.id == scan_id).values(last_error=said))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, func, select
 
-from dicom_node.worklist.deliveries import NewResult, insert_delivery, insert_result
+from dicom_node.worklist.deliveries import NewResult, insert_delivery, insert_result, sent_there
 from dicom_node.worklist.engine import reading, writing
 from dicom_node.worklist.guard import Standing, change
 from dicom_node.worklist.intake import KEY_OBJECT, cancel_deliveries
@@ -24,7 +24,7 @@ class SentResult:
 
 
 def sent_results(engine: Engine, scan_id: int) -> tuple[SentResult, ...]:
-    """Every result of a row that a destination has acknowledged, of any revision since its last recall."""
+    """Every result of a row that a destination has, of any revision since its last recall."""
     with reading(engine) as conn:
         return _sent(conn, scan_id)
 
@@ -42,7 +42,7 @@ def _sent(conn: Connection, scan_id: int) -> tuple[SentResult, ...]:
             result.c.scan_id == scan_id,
             result.c.kind != KEY_OBJECT,
             result.c.revision > recalled,
-            delivery.c.state == "acknowledged",
+            sent_there(),
         )
         .order_by(result.c.id, delivery.c.destination)
     ).all()

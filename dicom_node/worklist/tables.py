@@ -1,8 +1,9 @@
 """The tables of the worklist, its triggers, and the view `worklist` that people read.
 
 `scan` holds what is true now, one row for each acquisition; `instance` what was received; `result` what we made;
-`delivery` what became of it at each destination; `event` what happened, in order, for ever. Times are text from the
-database's clock (see `clock`), lists are JSON text, so that plain `sqlite3` shows everything.
+`delivery` what became of it at each destination, `commitment` what an archive was asked to keep; `event` what happened,
+in order, for ever. Times are text from the database's clock (see `clock`), lists are JSON text, so that plain `sqlite3`
+shows everything.
 
 A new database is made by the migrations, never from here; a test compares the two.
 """
@@ -176,10 +177,28 @@ delivery = Table(
     Column("last_error", Text),
     Column("first_tried_at", Text),
     Column("updated_at", Text, nullable=False),
+    # Since when the archive has the object, where it is asked for Storage Commitment; null again where it lost it.
+    Column("stored_at", Text),
     UniqueConstraint("result_id", "destination"),
     CheckConstraint(_one_of("state", DELIVERY_STATES), name="state"),
     Index("ix_delivery_destination_state_not_before", "destination", "state", "not_before"),
     Index("ix_delivery_scan_id", "scan_id"),
+    sqlite_autoincrement=True,
+)
+
+# Askings for Storage Commitment: a line for each object of a transaction.
+commitment = Table(
+    "commitment",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("transaction_uid", Text, nullable=False),
+    Column("delivery_id", Integer, ForeignKey("delivery.id"), nullable=False),
+    Column("asked_at", Text, nullable=False),
+    # When the archive reported; null while it has not. Failure Reason (0008,1197) where it does not keep the object.
+    Column("reported_at", Text),
+    Column("failure_reason", Integer),
+    UniqueConstraint("transaction_uid", "delivery_id"),
+    Index("ix_commitment_delivery_id", "delivery_id"),
     sqlite_autoincrement=True,
 )
 

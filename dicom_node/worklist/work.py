@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, RowMapping, func, or_, select, update
 from dicom_node.whose import AcceptedIdentity
 from dicom_node.worklist import history, identities
 from dicom_node.worklist.clock import now, read_clock, seconds_between
-from dicom_node.worklist.deliveries import NewResult, insert_delivery, insert_result, settle
+from dicom_node.worklist.deliveries import NewResult, insert_delivery, insert_result, sent_there, settle
 from dicom_node.worklist.engine import reading, writing
 from dicom_node.worklist.guard import Lease, Standing, change
 from dicom_node.worklist.intake import cancel_deliveries, fresh, identity_disputed
@@ -218,9 +218,7 @@ def _predecessors(conn: Connection, row: RowMapping) -> tuple[Predecessor, ...]:
                 (result.c.scan_id == row["id"]) & (result.c.revision < row["revision"]),
                 result.c.successor_scan_id == row["id"],
             ),
-            select(delivery.c.id)
-            .where(delivery.c.result_id == result.c.id, delivery.c.state == "acknowledged")
-            .exists(),
+            select(delivery.c.id).where(delivery.c.result_id == result.c.id, sent_there()).exists(),
         )
         .order_by(result.c.id)
     ).mappings()

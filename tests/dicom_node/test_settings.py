@@ -216,7 +216,6 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(text: str, named: 
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        (DESTINATION + "storage_commitment = true\n", "destinations.0.storage_commitment"),
         (SOURCE + 'commitment = "proxy"\n', "sources.0.commitment"),
     ],
 )

@@ -13,15 +13,18 @@ from dicom_node import worklist
 from dicom_node.worklist import schema
 from dicom_node.worklist.tables import VIEW_COLUMNS, metadata
 
+# SQLite appends a column that was added later without a new line.
+_BETWEEN = r",\s*\n|,\s+(?=\w+ (?:TEXT|INTEGER|BIGINT|FLOAT)\b)"
+
 
 def structure(engine):
     """Everything that makes a schema, as comparable text, without Alembic's own table."""
     with engine.connect() as conn:
         if engine.dialect.name == "sqlite":
             query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE '%alembic%'"
-            # The order of constraints within a table says nothing.
+            # The order of constraints within a table says nothing, nor where a column that was added later stands.
             return {
-                (kind, name): sorted(part.strip() for part in re.split(r",\s*\n", re.sub(r"\)\s*$", "", sql or "")))
+                (kind, name): sorted(part.strip() for part in re.split(_BETWEEN, re.sub(r"\)\s*$", "", sql or "")))
                 for kind, name, sql in conn.execute(text(query))
             }
         queries = {

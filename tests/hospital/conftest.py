@@ -118,6 +118,11 @@ class Orthanc:
         """Put a Part 10 file into the archive, by HTTP."""
         self._request("POST", "/instances", file)
 
+    def know(self, ae_title: str, port: int) -> None:
+        """Let Orthanc call an AE title, as it does to report on Storage Commitment."""
+        who = json.dumps({"AET": ae_title, "Host": self.host, "Port": port}).encode()
+        self._request("PUT", f"/modalities/{ae_title.lower()}", who)
+
     def file(self, identifier: str) -> bytes:
         """The Part 10 file of an instance, as Orthanc stored it."""
         return self._request("GET", f"/instances/{identifier}/file")

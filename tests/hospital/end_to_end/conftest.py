@@ -153,7 +153,8 @@ def _status(pid: int) -> str:
 
 @pytest.fixture
 def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
-    """Make a node that sends to `destinations` (anything with ae_title and a port); it is not started yet."""
+    """Make a node that sends to `destinations` (anything with ae_title and a port, and `storage_commitment` where it is
+    to be asked for that); it is not started yet."""
     made: list[Node] = []
 
     def make(*destinations: Any, timing: str = "", **analysis: Any) -> Node:
@@ -170,6 +171,7 @@ def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
             parts.append(
                 f'[[destinations]]\nname = "pacs{index}"\nae_title = "{destination.ae_title}"\n'
                 f'host = "127.0.0.1"\nport = {port}\ntest = true\n'
+                f"storage_commitment = {json.dumps(getattr(destination, 'storage_commitment', False))}\n"
             )
         config = directory / "node.toml"
         config.write_text("".join(parts))
