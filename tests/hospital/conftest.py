@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ import pytest
 
 _START_S = 60.0
 _CASES = Path(__file__).parents[1] / "dicom_node" / "report" / "conftest.py"
+_WIRE = Path(__file__).parents[1] / "dicom_node" / "test_transport.py"
 
 
 def _free_port() -> int:
@@ -148,10 +149,10 @@ class Orthanc:
         return False
 
 
-@pytest.fixture(scope="session")
-def cases() -> Iterator[ModuleType]:
-    """The cases of the report's own tests: scans of the simulated camera and outcomes built by hand on them."""
-    spec = importlib.util.spec_from_file_location("cases_of_the_report_tests", _CASES)
+@contextmanager
+def _loaded(path: Path, name: str) -> Iterator[ModuleType]:
+    """A file of other tests as a module, for what it builds."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -159,6 +160,20 @@ def cases() -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="session")
+def cases() -> Iterator[ModuleType]:
+    """The cases of the report's own tests: scans of the simulated camera and outcomes built by hand on them."""
+    with _loaded(_CASES, "cases_of_the_report_tests") as module:
+        yield module
+
+
+@pytest.fixture(scope="session")
+def wire() -> Iterator[ModuleType]:
+    """What the transport's own tests say on the wire: honest PDUs, broken ones, rubbish."""
+    with _loaded(_WIRE, "wire_of_the_transport_tests") as module:
+        yield module
 
 
 @pytest.fixture(scope="session")
