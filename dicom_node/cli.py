@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -99,6 +100,9 @@ def serve(config: Config = None) -> None:
 @app.command()
 def receive(config: Config = None, supervised: Supervised = False) -> None:
     """Run only the receiver (C-ECHO, C-STORE). For several machines on one database."""
+    # pydicom loads both where it finds them: 20 MB for pixels, at which a receiver never looks.
+    for unused in ("numpy", "PIL"):
+        sys.modules.setdefault(unused, cast(ModuleType, None))
     from dicom_node.service import run_receiver
 
     run_receiver(_start(config, "receive"), supervised=supervised)

@@ -1,15 +1,18 @@
-"""What an analysis hands on: a `Finding`, or `Declined`. Plain frozen data; imports neither torch nor cv2.
+"""What an analysis hands on: a `Finding`, or `Declined`. Plain frozen data; imports neither torch nor cv2, nor numpy.
 
 Pixel coordinates are native: (x, y) = (column, row) of the frame as it was received, 0-based, pixel centres at whole
 numbers. The posterior view is kept as received, that is mirrored left-right against the anterior one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ViewName = Literal["anterior", "posterior"]
 Verdict = Literal["present", "absent", "undetermined"]

@@ -8,6 +8,8 @@ only a header without class and UIDs is an error. What cannot be told is never g
 Imports neither torch nor cv2.
 """
 
+from __future__ import annotations
+
 import math
 import re
 import struct
@@ -16,10 +18,8 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydicom.charset import CODES_TO_ENCODINGS, python_encoding
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement
@@ -33,6 +33,10 @@ from pydicom.uid import (
 )
 
 from pipeline.finding import SourceFrame, ViewImage, ViewName
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 HEADER_LIMIT: Final = 262_144
 """How many bytes of an encoded dataset are looked at, inflated or not: 256 KiB."""
@@ -276,7 +280,7 @@ def counts_accumulated_matches(ds: Dataset) -> bool | None:
     counts = _whole(node.only("CountsAccumulated"))
     if counts is None or counts <= 0:
         return None
-    return int(_stored_values(ds, facts_of(ds)).sum(dtype=np.int64)) == counts
+    return int(_stored_values(ds, facts_of(ds)).sum(dtype="int64")) == counts
 
 
 # Reading encoded elements ----------------------------------------------------------------------------------------
@@ -377,7 +381,7 @@ class _Node:
     """The wanted elements of a dataset or item: texts by keyword (stripped, empty ones dropped), items by keyword."""
 
     texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    items: dict[str, list["_Node"]] = field(default_factory=dict)
+    items: dict[str, list[_Node]] = field(default_factory=dict)
     # An item without a SpecificCharacterSet of its own has its dataset's (PS3.3 C.12.1.1.2).
     codecs: tuple[str, ...] = ("latin-1",)
     reached_pixels: bool = False
@@ -971,6 +975,8 @@ _DECODING_ERRORS = (
 
 def _stored_values(ds: Dataset, facts: HeaderFacts) -> NDArray[np.integer]:
     """All frames, shape (frames, rows, columns), stored values before any rescaling."""
+    import numpy as np
+
     node = _Node()
     _from_dataset(ds, node, 0)
     allocated = _whole(node.only("BitsAllocated"))
@@ -1014,6 +1020,8 @@ def _stored_values(ds: Dataset, facts: HeaderFacts) -> NDArray[np.integer]:
 
 
 def _counts(stored: NDArray[np.integer], ds: Dataset) -> NDArray[np.float32]:
+    import numpy as np
+
     node = _Node()
     _from_dataset(ds, node, 0)
     slope_text, intercept_text = node.text("RescaleSlope"), node.text("RescaleIntercept")
