@@ -149,7 +149,7 @@ LARGE: Final = Scale(
         name: replace(plan, pairs=8_000 if name == "training" else 2_000, first_seed=plan.first_seed + 500_000)
         for name, plan in SETS.items()
     },
-    replace(SETTINGS, stages=((12, GRID // 2), (4, GRID))),
+    replace(SETTINGS, stages=((6, GRID // 2), (2, GRID))),
     ("plain", "equalized"),
     outlined=False,
 )

@@ -15,7 +15,7 @@ from models.weights import WeightsRecord
 _LEARNT = "one in three natural, two of the strata; other uptake three times as frequent"
 _HARDER = {"training_harder": _LEARNT.replace("three times as", "six times as")}
 _SETS = {
-    "stress": "every stratum in turn, faint and deceptive ones several times; other uptake six times as frequent",
+    "stress": "every stratum in turn, faint and deceptive ones several times; other uptake eight times as frequent",
     "population": "the natural population, one half with residual tissue",
     "other_camera": "the natural population before a camera whose physics no training scan had",
 }

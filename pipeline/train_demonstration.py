@@ -42,7 +42,7 @@ PLANS: Final = {
     "training": dataclasses.replace(_LEARNT, first_seed=20_000_000, pairs=8_000),
     "training_harder": dataclasses.replace(_LEARNT, first_seed=26_000_000, pairs=8_000, confusers=6.0),
     "validation": dataclasses.replace(_LEARNT, first_seed=21_000_000, pairs=1_000),
-    "stress": CohortPlan(28_000_000, 2_000, stratum_period=1, stratum_run=1, confusers=6.0),
+    "stress": CohortPlan(35_000_000, 2_000, stratum_period=1, stratum_run=1, confusers=8.0),
     "population": CohortPlan(23_000_000, 1_000, prevalence=0.5),
     "other_camera": CohortPlan(24_000_000, 500, physics="other", prevalence=0.5),
 }
