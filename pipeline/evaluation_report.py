@@ -498,9 +498,27 @@ def _roc_drawing(scored: Sequence[Scored], found: Area, record: WeightsRecord | 
     return _drawing(plot, "ROC curve of the evaluated weights; undetermined and declined scans are scored 0.5.")
 
 
+_VIEW_MISSING = "out_of_scope: view_missing"
+
+
+def _why_left_out(one: Excluded) -> str:
+    """The reason, and for what is out of scope the node's own reason behind it."""
+    return f"{one.reason}: {one.detail.split(':')[0]}" if one.reason == "out_of_scope" else one.reason
+
+
 def _about_exclusions(content: ReportContent) -> list[Block]:
     blocks: list[Block] = [Text("heading", "What is not in the figures, and what got no answer")]
-    counts = Counter(one.reason for one in content.excluded)
+    counts = Counter(_why_left_out(one) for one in content.excluded)
+    alone = counts[_VIEW_MISSING]
+    if alone:
+        whole = alone + len(content.scored)
+        blocks.append(
+            Text(
+                "paragraph",
+                f"{alone} of {whole} labelled 131I neck scans ({alone / whole:.1%}) came with one view only. The node "
+                "sends a note for such a scan, and no finding.",
+            )
+        )
     if counts:
         reasons = tuple((reason, str(count)) for reason, count in sorted(counts.items()))
         rows = tuple((one.what, one.reason, one.detail) for one in content.excluded)

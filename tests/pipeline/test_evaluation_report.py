@@ -93,6 +93,17 @@ def test_simulated_scans_are_called_synthetic_first_of_all_and_real_ones_are_not
     assert "SYNTHETIC" not in _words(_content())
 
 
+def test_scans_with_one_view_only_are_left_out_and_their_share_is_told() -> None:
+    excluded = tuple(Excluded(f"{n}.dcm", "out_of_scope", "view_missing: posterior") for n in range(3))
+    content = _content(excluded=(*excluded, Excluded("ct.dcm", "out_of_scope", "wrong_class: CT")))
+    share = f"3 of {3 + len(content.scored)} labelled 131I neck scans ({3 / (3 + len(content.scored)):.1%})"
+    assert share in _words(content)
+    assert _table(content, "Files and lines left out").rows == (
+        ("out_of_scope: view_missing", "3"),
+        ("out_of_scope: wrong_class", "1"),
+    )
+
+
 def test_every_exclusion_and_every_declined_reason_is_listed() -> None:
     excluded = (Excluded("a/1.dcm", "duplicate", "twice"), Excluded("b", "unreadable", "no image"))
     scored = (
