@@ -222,7 +222,7 @@ class Receiver:
             return CANNOT_UNDERSTAND, {"why": str(error)}
         if (facts.sop_class_uid, facts.sop_instance_uid) != (class_uid, instance_uid):
             return DOES_NOT_MATCH, {"why": "command and dataset disagree on class or instance"}
-        preamble = part_10_header(class_uid, instance_uid, transfer_syntax_uid)
+        preamble = part_10_header(class_uid, instance_uid, transfer_syntax_uid, request.peer.calling_ae_title)
         name, digest = spool.put_object(self._spool, preamble, dataset)
         stored = worklist.Stored(
             spool_name=name, sha256=digest, size_bytes=len(dataset), transfer_syntax_uid=transfer_syntax_uid

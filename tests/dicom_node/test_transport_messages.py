@@ -381,15 +381,18 @@ def test_a_changed_request_is_answered_or_malformed(draw: st.DataObject) -> None
 
 
 @pytest.mark.parametrize("instance", ["1.2.3", "1.2.3.4"], ids=["odd", "even"])
-def test_the_beginning_of_a_file_is_byte_for_byte_the_one_that_pydicom_writes(instance: str) -> None:
+@pytest.mark.parametrize("sender", ["", "OPTIMA1", "OPTIMA12"])
+def test_the_beginning_of_a_file_is_byte_for_byte_the_one_that_pydicom_writes(instance: str, sender: str) -> None:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = UID(NM)
     meta.MediaStorageSOPInstanceUID = UID(instance)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
     meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
+    if sender:
+        meta.SourceApplicationEntityTitle = sender
     buffer = DicomBytesIO()
     write_file_meta_info(buffer, meta)
-    ours = part_10_header(NM, instance, ExplicitVRLittleEndian)
+    ours = part_10_header(NM, instance, ExplicitVRLittleEndian, sender)
     assert ours == b"\0" * 128 + b"DICM" + buffer.getvalue()
     assert dcmread(BytesIO(ours)).file_meta.MediaStorageSOPInstanceUID == instance

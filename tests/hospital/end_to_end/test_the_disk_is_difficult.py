@@ -49,6 +49,7 @@ def test_scans_acknowledged_after_a_backup_survive_a_kill_and_its_return(
 
     rows = node.wait_for_rows(3, ("delivered",))
     assert {row["study_instance_uid"] for row in rows} == {str(ds.StudyInstanceUID) for (ds,) in scans}
+    assert {row["source_aet"] for row in rows} == {"OPTIMA1"}, "a file still says who sent it"
     told = [event for (event,) in node.query("select event from event")]
     assert told.count("adopted") == 2
     camera(node.port, scans[2])  # and what is sent again is still known
