@@ -288,7 +288,7 @@ def page(
             plain = scores["plain", name]
             same = variant == "plain"
             p_value = "" if same else metrics.compare_areas(truths[name], plain, scores[variant, name]).p_value
-            cells.append("" if isinstance(p_value, str) else f"{p_value:.4f}")
+            cells.append("" if isinstance(p_value, str) else "<0.0001" if p_value < 1e-4 else f"{p_value:.4f}")
         lines.append(f"| {told} | {' | '.join(cells)} | {rows[variant]['seconds'] / 60:.0f} |")
     if not scale.outlined:
         return "\n".join(lines) + "\n"
