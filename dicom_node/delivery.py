@@ -55,9 +55,6 @@ def peer_of(settings: Settings, destination: Destination) -> Peer:
     return Peer(destination.name, destination.ae_title, destination.host, destination.port, encryption)
 
 
-_DUPLICATE = 0x0111  # stored, once commitment confirms it
-
-
 class Sender:
     """Sends results until it is stopped."""
 
@@ -225,7 +222,7 @@ class Sender:
         self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome, started: float
     ) -> None:
         rules = self._settings.delivery
-        if destination.storage_commitment and (outcome.kind == "acknowledged" or outcome.status == _DUPLICATE):
+        if destination.storage_commitment and (outcome.kind == "acknowledged" or outcome.status == worklist.DUPLICATE):
             worklist.record_stored(self._engine, delivery.id, status=outcome.status, warning=outcome.warning)
             self._recorder.sent(delivery.whose, delivery.sop_class_uid, destination, "")
             _log.info(
@@ -285,7 +282,7 @@ class Sender:
         asked = []
         for delivery in stored:
             if not destination.storage_commitment:  # the setting went, and nobody asks any longer
-                worklist.record_delivery(self._engine, delivery.id, state="acknowledged")
+                worklist.stop_asking(self._engine, delivery.id)
             elif delivery.tried_for_s > rules.give_up_after_days * 86_400:
                 why = "stored, but the archive never committed itself to keep it"
                 worklist.record_delivery(self._engine, delivery.id, state="given_up", error=why)

@@ -170,6 +170,8 @@ class Receiver:
             status, why = commitment.INVALID_ARGUMENT, str(error)
         except RemnantError as error:
             why = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the archive gets a status and reports again
+            why = log.place(error)
         if self._refusals.admit() is not None:
             _log.warning(
                 "commitment_report_refused", source_aet=request.peer.calling_ae_title, status=f"{status:04X}", why=why

@@ -8,11 +8,13 @@ When a function raises, nothing of what it was to do has happened; when it retur
 """
 
 from dicom_node.worklist.commitments import (
+    DUPLICATE,
     Reported,
     ask_commitment,
     record_report,
     record_stored,
     record_unasked,
+    stop_asking,
 )
 from dicom_node.worklist.deliveries import (
     DueDelivery,
@@ -97,6 +99,7 @@ __all__ = [
     "DAMAGED",
     "DELIVERY_STATES",
     "DISPUTED_DAYS",
+    "DUPLICATE",
     "EVENTS",
     "REST",
     "STATES",
@@ -179,6 +182,7 @@ __all__ = [
     "scan_of",
     "schema_is_current",
     "sent_results",
+    "stop_asking",
     "storable",
     "stored_results",
     "substitute_delivery",

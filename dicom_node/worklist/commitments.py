@@ -28,6 +28,8 @@ REASONS: Mapping[int, str] = {
 """Failure Reason (0008,1197) of a report: PS3.4 J.3.3.1.1, PS3.3 C.14.1.1."""
 
 _FOR_GOOD = (0x0119, 0x0122)
+DUPLICATE = 0x0111
+"""Status of a C-STORE: the archive says that it has the object already; stored, once a commitment confirms it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,31 @@ def record_stored(engine: Engine, delivery_id: int, *, status: int | None, warni
         said = " ".join((f"{stored.destination}:", *([] if status is None else [f"status {status:04X}"]), warning))
         history.append(conn, scan_id, "stored", revision=revision, detail=said.rstrip())
         explain(conn, scan_id, revision)
+
+
+def stop_asking(engine: Engine, delivery_id: int) -> None:
+    """Bring a stored delivery to rest without a commitment, because nobody asks for one any longer.
+
+    One that the archive answered with 0111 is sent again instead: without a commitment nothing confirms that it has it.
+    """
+    with writing(engine) as conn:
+        scan_id, revision = hold_row_of(conn, delivery_id)
+        this = update(delivery).where(delivery.c.id == delivery_id, delivery.c.state == "pending")
+        status = conn.scalar(select(delivery.c.last_status).where(delivery.c.id == delivery_id))
+        if status == DUPLICATE:
+            conn.execute(this.values(stored_at=None, claimed_by=None, not_before=now(), updated_at=now()))
+            return
+        known = conn.scalar(select(delivery.c.destination).where(delivery.c.id == delivery_id))
+        conn.execute(this.values(state="acknowledged", claimed_by=None, last_error=_warning(status), updated_at=now()))
+        said = f"{known}: acknowledged, without a commitment: it is asked for no longer"
+        history.append(conn, scan_id, "delivery", revision=revision, detail=said)
+        if settle(conn, scan_id) is None:
+            explain(conn, scan_id, revision)
+
+
+def _warning(status: int | None) -> str | None:
+    """What stays on a row of the status with which an object was stored."""
+    return f"stored, with a warning ({status:04X})" if status is not None and status >> 12 == 0xB else None
 
 
 def ask_commitment(engine: Engine, delivery_ids: Sequence[int], transaction_uid: str, *, delay_s: float) -> None:
@@ -149,21 +176,24 @@ def record_report(
             if line["reported_at"] is None and (uid in committed or uid in failed):
                 reason = None if uid in committed else failed[uid]
                 said.append(_take(conn, line, reason, pause_s))
-        return tuple(said)
+        return tuple(one for one in said if one is not None)
 
 
-def _take(conn: Connection, line: RowMapping, reason: int | None, pause_s: Callable[[int], float]) -> Reported:
-    """What a report says about one delivery."""
-    conn.execute(
-        update(commitment).where(commitment.c.id == line["id"]).values(reported_at=now(), failure_reason=reason)
-    )
+def _take(conn: Connection, line: RowMapping, reason: int | None, pause_s: Callable[[int], float]) -> Reported | None:
+    """What a report says about one delivery; None where another copy of it was faster."""
     scan_id, revision = hold_row_of(conn, line["delivery_id"])
+    first = conn.execute(
+        update(commitment)
+        .where(commitment.c.id == line["id"], commitment.c.reported_at.is_(None))
+        .values(reported_at=now(), failure_reason=reason)
+    )
+    if not first.rowcount:
+        return None
     this = update(delivery).where(delivery.c.id == line["delivery_id"])
     failure = ""
     if reason is None:
         # Also of a delivery that is over: the archive has the object, whatever became of the row.
-        status = line["last_status"] or 0
-        warning = f"stored, with a warning ({status:04X})" if status >> 12 == 0xB else None
+        warning = _warning(line["last_status"])
         conn.execute(this.values(state="acknowledged", claimed_by=None, last_error=warning, updated_at=now()))
     else:
         failure = f"not kept by the archive: {REASONS.get(reason, 'no reason we know')} ({reason:04X})"

@@ -1,5 +1,7 @@
 """What an archive stored, was asked to keep, and says of it: in the worklist, on SQLite and PostgreSQL."""
 
+import threading
+
 import pytest
 
 from dicom_node import worklist
@@ -121,3 +123,42 @@ def test_an_acknowledged_delivery_is_not_stored_once_more(engine, stored):
     record_delivery(engine, stored[0].id, state="acknowledged", status=0)
     record_stored(engine, stored[0].id, status=0)
     assert [one.id for one in due(engine)] == [stored[1].id]
+
+
+def test_without_the_setting_what_was_stored_rests_and_a_duplicate_that_nobody_confirmed_is_sent_again(
+    engine, camera, worker
+):
+    camera.send("scan")
+    worker.finish(worker.claim(), "pacs")
+    first, second = due(engine)
+    record_stored(engine, first.id, status=0xB000, warning="stored, with data elements coerced (B000)")
+    record_stored(engine, second.id, status=0x0111)
+    for one in due(engine):
+        worklist.stop_asking(engine, one.id)
+    (again,) = due(engine)
+    assert (again.id, again.stored_at) == (second.id, None)
+    assert worklist.row(engine, again.scan_id)["state"] == "sending"
+    record_delivery(engine, again.id, state="acknowledged", status=0)
+    row = worklist.row(engine, again.scan_id)
+    assert row["state"] == "delivered"
+    assert "(B000)" in row["last_error"]
+
+
+def test_a_report_that_comes_twice_at_once_is_written_once(engine, stored):
+    ask_commitment(engine, [one.id for one in stored], "2.25.1", delay_s=60)
+    uids = [one.sop_instance_uid for one in stored]
+    start = threading.Barrier(4)
+    taken = []
+
+    def hear():
+        start.wait(20)
+        taken.extend(report(engine, "2.25.1", uids))
+
+    threads = [threading.Thread(target=hear) for _ in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(taken) == 2
+    assert len(events(engine, stored[0].scan_id, "committed")) == 2
+    assert worklist.verify_events(engine) == ()
