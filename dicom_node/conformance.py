@@ -26,7 +26,10 @@ from dicom_node.contexts import (
     resolve_classes,
     resolve_syntaxes,
 )
-from dicom_node.settings import Settings, keys
+from dicom_node.settings import Settings, Source, keys
+from dicom_node.worklist import MOST_OPEN
+
+_WAIT_S = Source.model_fields["commitment_wait_s"].default
 
 _RECEIVER_STATUSES: tuple[tuple[int, str], ...] = (
     (receiver.SUCCESS, "The object and its worklist row are durable. Also for a resend; nothing is overwritten."),
@@ -70,7 +73,11 @@ def _overview() -> list[str]:
                 ("Storage: the other classes of section 2.2", "no", "yes"),
                 *((sent.name, "yes", "yes") for sent in dict.fromkeys((*RESULT_CLASSES.values(), *REPORT_CHAIN))),
                 (RECALL_CLASS.name, "yes (`remnant worklist recall`)", "yes"),
-                ("Storage Commitment Push Model", "to destinations with `storage_commitment = true`", "no"),
+                (
+                    "Storage Commitment Push Model",
+                    "to destinations with `storage_commitment = true`",
+                    'by proxy, for sources with `commitment = "proxy"`',
+                ),
                 ("Study Root Query/Retrieve - FIND", "to destinations with `query = true`", "no"),
                 ("Other Query/Retrieve, Modality Worklist, Performed Procedure Step", "no", "no"),
             ],
@@ -137,7 +144,8 @@ def _networking(settings: Settings) -> list[str]:
                     "abort, and sent again",
                 ),
                 ("asynchronous operations", "no", "no"),
-                ("extended negotiation, role selection, user identity", "no", "no"),
+                ("extended negotiation, user identity", "no", "no"),
+                ("role selection", "Storage Commitment", "Storage Commitment, to report as provider"),
             ],
         ),
         "",
@@ -264,6 +272,29 @@ def _storage_scu(settings: Settings) -> list[str]:
                 ("`0112`, `0118`", "not the well-known instance, not this class"),
                 ("`0113`", "an event type other than 1 and 2"),
                 ("`0115`", "unreadable, or a transaction that this archive was not asked"),
+                ("`0211`", "the peer is no archive"),
+            ],
+        ),
+        *_text(
+            'A source with `commitment = "proxy"` may ask the node (N-ACTION). The node does not commit itself: it',
+            "asks every destination with `storage_commitment = true`, again after 5 s and then twice as long each",
+            "time, until each object is committed by one of them or",
+            f"`commitment_wait_s` ({_WAIT_S:g} s) is over. Then it reports once, on an association of its own to the",
+            "address that asked and `sources.port`, as provider by role selection; without Success it reports again at",
+            "the times of the retries above. Each committed object has the Retrieve AE Title of the archive; others",
+            "have Failure Reason 0112 where every archive said that it does not have the object, else 0110. The same",
+            "request once more is reported once more.",
+        ),
+        *_table(
+            ("answer to a request", "when"),
+            [
+                ("`0000`", "durable, and passed on"),
+                ("`0110`", "an error of ours, or the worklist cannot be written"),
+                ("`0112`, `0118`", "not the well-known instance, not this class"),
+                ("`0115`", "unreadable, without an object, or a Transaction UID used before for other objects"),
+                ("`0123`", "an action type other than 1"),
+                ("`0211`", 'the peer is no source with `commitment = "proxy"`'),
+                ("`0213`", f"{MOST_OPEN} of its requests wait for an answer"),
             ],
         ),
         "",

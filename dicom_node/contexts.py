@@ -36,7 +36,7 @@ IMPLEMENTATION_VERSION_NAME = f"REMNANT_{__version__}"[:16]
 
 VERIFICATION = "1.2.840.10008.1.1"
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"  # proposed to a destination with `query = true`
-STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"  # Push Model; proposed where `storage_commitment = true`
+STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"  # Push Model; used only where a setting asks for it
 STORAGE_COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"  # its one well-known instance: PS3.4 J.3.5
 
 
@@ -183,10 +183,11 @@ def accepted_contexts(extra_classes: Sequence[str], extra_syntaxes: Sequence[str
     return contexts
 
 
-def report_context() -> PresentationContext:
-    """Return the context in which an archive reports on Storage Commitment: it calls us, as SCP (PS3.7 D.3.3.4)."""
+def commitment_context(*, requests: bool, reports: bool) -> PresentationContext:
+    """Return the accepted context of Storage Commitment: a camera calls as SCU with its `requests`, an archive as SCP
+    with its `reports` (PS3.7 D.3.3.4)."""
     context = build_context(STORAGE_COMMITMENT, [syntax.uid for syntax in DEFAULT_SYNTAXES])
-    context.scu_role, context.scp_role = False, True
+    context.scu_role, context.scp_role = requests, reports
     return context
 
 

@@ -22,6 +22,7 @@ from dicom_node.audit import Query, Recorder
 from dicom_node.chain import ChainError, next_object
 from dicom_node.contexts import STUDY_ROOT_FIND
 from dicom_node.errors import SettingsError, StorageError
+from dicom_node.relay import Relay
 from dicom_node.sender import Outcome, Parcel, Peer, encoded_query, find_studies, request_commitment, send
 from dicom_node.settings import Destination, Settings
 from dicom_node.spool import Spool
@@ -68,6 +69,7 @@ class Sender:
         self._recorder = recorder or Recorder(settings, "remnant send")
         self._bell = Bell(store.run / "sender.bell")
         self._rung = {destination.name: threading.Event() for destination in settings.destinations}
+        self._relay = Relay(settings, engine, owner=owner, report_wait_s=REPORT_WAIT_S)
 
     def run(self, stop: threading.Event) -> None:
         """Deliver until `stop` is set; the object on the wire then comes to its outcome, and no other is begun."""
@@ -78,12 +80,15 @@ class Sender:
             threading.Thread(target=self._serve, args=(destination, stop), name=f"to-{destination.name}")
             for destination in self._settings.destinations
         ]
+        if any(source.commitment == "proxy" for source in self._settings.sources):
+            threads += self._relay.threads(stop)
         for thread in threads:
             thread.start()
         while not stop.is_set():
             self._bell.wait(POLL_S)
             for rung in self._rung.values():
                 rung.set()
+            self._relay.wake()
         for thread in threads:
             thread.join()
         try:

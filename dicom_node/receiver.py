@@ -1,4 +1,4 @@
-"""C-ECHO and C-STORE as SCP, and reports on Storage Commitment (PS3.4 annexes A, B, J, PS3.7 9.1.1, 9.1.5, 10.1.1).
+"""C-ECHO, C-STORE and Storage Commitment as SCP, and archives' reports on the last (PS3.4 annexes A, B and J).
 
 The order that makes "Success" true: the association is admitted by AE title and address; the dataset's bytes, exactly
 as sent, are durable in the spool; one transaction holds the instance row and the transition; only then 0x0000. Killing
@@ -10,6 +10,7 @@ Everything that goes wrong becomes a status for the peer: what may pass is A700 
 
 import socket
 import time
+from collections.abc import Callable
 from ipaddress import ip_address, ip_network
 
 from sqlalchemy import Engine
@@ -22,7 +23,7 @@ from dicom_node.contexts import (
     STORAGE_COMMITMENT,
     STORAGE_COMMITMENT_INSTANCE,
     accepted_contexts,
-    report_context,
+    commitment_context,
 )
 from dicom_node.errors import RemnantError
 from dicom_node.part10 import part_10_header
@@ -31,6 +32,7 @@ from dicom_node.spool import Spool
 from dicom_node.tls import server_context
 from dicom_node.transport import (
     C_STORE_RQ,
+    N_ACTION_RQ,
     N_EVENT_REPORT_RQ,
     Certificate,
     Door,
@@ -51,6 +53,7 @@ SUCCESS = 0x0000
 PROCESSING_FAILURE = 0x0110
 NO_SUCH_INSTANCE = 0x0112
 NO_SUCH_CLASS = 0x0118
+UNRECOGNISED_OPERATION = 0x0211
 OUT_OF_RESOURCES = 0xA700
 DOES_NOT_MATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
@@ -79,6 +82,7 @@ class Receiver:
         self._engine = engine
         self._spool = store
         self._worker_bell = worker_bell
+        self._sender_bell = Bell(store.run / "sender.bell")
         analysis = settings.analysis
         self._rules = worklist.IntakeRules(
             require_views=analysis.require_views,
@@ -99,8 +103,10 @@ class Receiver:
             _log.warning("listening_on_loopback_only", why="no [[sources]] is configured")
         receiver = self._settings.receiver
         contexts = accepted_contexts(receiver.extra_classes, receiver.extra_syntaxes)
-        if any(destination.storage_commitment for destination in self._settings.destinations):
-            contexts.append(report_context())
+        reports = any(destination.storage_commitment for destination in self._settings.destinations)
+        requests = any(source.commitment == "proxy" for source in self._settings.sources)
+        if reports or requests:
+            contexts.append(commitment_context(requests=requests, reports=reports))
         service = Service(
             contexts=contexts,
             implementation_class_uid=IMPLEMENTATION_CLASS_UID,
@@ -112,7 +118,11 @@ class Receiver:
                 object_bytes=int(receiver.max_object),
             ),
             admit=self._admit,
-            handlers={C_STORE_RQ: self._on_store, N_EVENT_REPORT_RQ: self._on_report},
+            handlers={
+                C_STORE_RQ: self._on_store,
+                N_EVENT_REPORT_RQ: self._on_report,
+                N_ACTION_RQ: self._on_request,
+            },
             may_use=self._may_use,
             heed=self._recorder.heed,
         )
@@ -150,32 +160,58 @@ class Receiver:
         return None if refused is None or reporting(self._settings.destinations, peer) else refused
 
     def _may_use(self, peer: Peer, abstract_syntax_uid: str) -> bool:
-        """An archive calls to report on Storage Commitment and for nothing else, a camera for everything but that."""
+        """An archive calls to report on Storage Commitment and for nothing else, a camera to ask for it where that is
+        set, and for everything else."""
         if abstract_syntax_uid == STORAGE_COMMITMENT:
-            return bool(reporting(self._settings.destinations, peer))
+            settings = self._settings
+            return bool(reporting(settings.destinations, peer)) or asking(settings.sources, peer) is not None
         return refusal(self._settings.sources, peer) is None
 
     def _on_report(self, request: Request) -> int:
         """Take an archive's report on Storage Commitment (PS3.4 J.3.3); return the status."""
+
+        def take() -> int:
+            names = reporting(self._settings.destinations, request.peer)
+            if not names:
+                return UNRECOGNISED_OPERATION
+            report = commitment.read_report(request.data, request.transfer_syntax_uid)
+            return commitment.take_report(self._engine, self._settings.delivery, names, report, request.type_id)
+
+        return self._on_commitment(request, take, "commitment_report_refused")
+
+    def _on_request(self, request: Request) -> int:
+        """Take a camera's request for Storage Commitment (PS3.4 J.3.2); return the status."""
+
+        def take() -> int:
+            source = asking(self._settings.sources, request.peer)
+            if source is None:
+                return UNRECOGNISED_OPERATION
+            asked = commitment.read_request(request.data, request.transfer_syntax_uid)
+            return commitment.take_request(self._engine, source, request.peer.address, asked, request.type_id)
+
+        return self._on_commitment(request, take, "commitment_request_refused")
+
+    def _on_commitment(self, request: Request, take: Callable[[], int], refused: str) -> int:
+        """Answer a message of Storage Commitment by `take`; `refused` names it in the log."""
         if request.sop_class_uid != STORAGE_COMMITMENT or request.abstract_syntax_uid != STORAGE_COMMITMENT:
             return NO_SUCH_CLASS
         if request.sop_instance_uid != STORAGE_COMMITMENT_INSTANCE:
             return NO_SUCH_INSTANCE
-        names = reporting(self._settings.destinations, request.peer)
         status = PROCESSING_FAILURE
         try:
-            report = commitment.read_report(request.data, request.transfer_syntax_uid)
-            return commitment.take_report(self._engine, self._settings.delivery, names, report, request.event_type_id)
-        except commitment.UnreadableReport as error:
+            status = take()
+        except commitment.Unreadable as error:
             status, why = commitment.INVALID_ARGUMENT, str(error)
         except RemnantError as error:
             why = str(error)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the archive gets a status and reports again
+        except Exception as error:  # noqa: BLE001 - whatever it was, the peer gets a status and tries again
             why = log.place(error)
+        else:
+            if status == SUCCESS:
+                self._sender_bell.ring()
+            return status
         if self._refusals.admit() is not None:
-            _log.warning(
-                "commitment_report_refused", source_aet=request.peer.calling_ae_title, status=f"{status:04X}", why=why
-            )
+            _log.warning(refused, source_aet=request.peer.calling_ae_title, status=f"{status:04X}", why=why)
         return status
 
     def _on_store(self, request: Request) -> int:
@@ -272,6 +308,18 @@ def refusal(sources: tuple[Source, ...], peer: Peer) -> Refusal | None:
     if not any(peer.certificate.is_called(name) for name in names):
         return Refusal(1, 1, 3, f"the certificate is not one of this source's: {peer.certificate}")
     return None
+
+
+def asking(sources: tuple[Source, ...], peer: Peer) -> Source | None:
+    """Return the source that a peer is, where it may ask for Storage Commitment; None where it may not."""
+    return next(
+        (
+            one
+            for one in sources
+            if one.commitment == "proxy" and one.ae_title == peer.calling_ae_title and refusal((one,), peer) is None
+        ),
+        None,
+    )
 
 
 def reporting(destinations: tuple[Destination, ...], peer: Peer) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from pynetdicom import AE, _config, evt
 from pynetdicom.association import Association
 from pynetdicom.dsutils import encode
 from pynetdicom.pdu import A_ASSOCIATE_RJ
-from pynetdicom.presentation import PresentationContext, build_context
+from pynetdicom.presentation import PresentationContext, build_context, build_role
 
 from dicom_node import contexts
 from dicom_node.errors import RemnantError
@@ -326,6 +326,33 @@ def request_commitment(
         line.close()
 
 
+def report_commitment(
+    peer: Peer,
+    information: Dataset,
+    event_type_id: int,
+    *,
+    calling_ae_title: str,
+    connect_timeout_s: float,
+    acse_timeout_s: float,
+    dimse_timeout_s: float,
+) -> Outcome:
+    """Tell a camera what became of its request for Storage Commitment (N-EVENT-REPORT, PS3.4 J.3.3), as its SCP on an
+    association of our own: "acknowledged" means that it has taken the report, "later" why it has not. What the network
+    or the peer does never raises.
+    """
+    line = _Line(
+        peer,
+        [build_context(contexts.STORAGE_COMMITMENT, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
+        calling_ae_title=calling_ae_title,
+        timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
+        provides=True,
+    )
+    try:
+        return line.report_commitment(information, event_type_id)
+    finally:
+        line.close()
+
+
 @dataclass(frozen=True, slots=True)
 class _Timeouts:
     connect_s: float
@@ -353,8 +380,9 @@ class _Line:
         calling_ae_title: str,
         timeouts: _Timeouts,
         heed: Callable[[Dataset, int], int] | None = None,
+        provides: bool = False,
     ) -> None:
-        """Request the association. Where there is none afterwards, `fault` says why."""
+        """Request the association. Where there is none afterwards, `fault` says why. `provides`: we are the SCP."""
         self.fault: Outcome | None = None
         self.accepted: frozenset[tuple[str, str]] = frozenset()  # (SOP class, transfer syntax)
         self._timeouts = timeouts
@@ -364,6 +392,7 @@ class _Line:
         self._sent = 0
         self._assoc: Association | None = None
         self._heed = heed
+        self._who = "the camera" if provides else "the archive"
         self._reported = threading.Event()
         self._encrypting = _Encrypting(peer.tls) if peer.tls else None
         ae = AE(ae_title=calling_ae_title)
@@ -379,6 +408,7 @@ class _Line:
                     peer.host,
                     peer.port,
                     contexts=proposed,
+                    ext_neg=[build_role(UID(str(cx.abstract_syntax)), scp_role=True) for cx in proposed if provides],
                     ae_title=peer.ae_title,
                     max_pdu=_MAX_PDU_BYTES,
                     tls_args=(cast(ssl.SSLContext, self._encrypting), peer.tls.server_name) if peer.tls else None,
@@ -459,6 +489,36 @@ class _Line:
         self._reported.wait(report_wait_s)
         return Outcome("acknowledged", 0x0000, "asked")
 
+    def report_commitment(self, information: Dataset, event_type_id: int) -> Outcome:
+        """Send an N-EVENT-REPORT, if the association stands."""
+        if self.fault is not None:
+            if self.fault.kind == "rejected_context":
+                return Outcome("later", None, "the camera takes no reports on Storage Commitment", alarm=True)
+            return self.fault
+        if self._assoc is None or not all(cx.as_scp for cx in self._assoc.accepted_contexts):
+            text = "the camera does not take us for a provider of Storage Commitment (role selection)"
+            return Outcome("later", None, text, alarm=True)
+        message_id = self._next_message_id()
+        outcome = self._ask(
+            self._timeouts.dimse_s,
+            "N_EVENT_REPORT_RSP",
+            contexts.STORAGE_COMMITMENT_INSTANCE,
+            message_id,
+            lambda assoc: assoc.send_n_event_report(
+                information,
+                event_type_id,
+                UID(contexts.STORAGE_COMMITMENT),
+                UID(contexts.STORAGE_COMMITMENT_INSTANCE),
+                msg_id=message_id,
+            )[0],
+        )
+        if outcome.status is None:
+            return outcome
+        if outcome.status != 0x0000:
+            text = f"the camera does not take our report on Storage Commitment ({outcome.status:04X})"
+            return Outcome("later", outcome.status, text, alarm=True)
+        return Outcome("acknowledged", 0x0000, "reported")
+
     def find(self, study_instance_uid: str) -> tuple[Identity, ...] | Outcome:
         """Ask whose one study is, if the association stands."""
         if self.fault is not None:
@@ -522,7 +582,7 @@ class _Line:
     ) -> Outcome:
         assoc = self._assoc
         if assoc is None or not assoc.is_established:
-            return self._ended("the archive ended the association")
+            return self._ended(f"{self._who} ended the association")
         self._replies.clear()
         assoc.dimse_timeout = limit_s
         began = time.monotonic()
@@ -530,7 +590,7 @@ class _Line:
             with self._at_most(limit_s + _GRACE_S):
                 response = call(assoc)
         except RuntimeError:  # pynetdicom: it ended between our look and its own
-            return self._ended("the archive ended the association")
+            return self._ended(f"{self._who} ended the association")
         except _UNREADABLE as error:
             assoc.abort()  # half a message may be on the line
             self._ended("the object before could not be read to its end")
@@ -555,7 +615,7 @@ class _Line:
             limit = assoc.acceptor.maximum_length or 0
             if 0 < limit < _MIN_PEER_PDU_BYTES:
                 assoc.abort()
-                return Outcome("later", None, f"the archive takes no more than {limit} bytes at once", alarm=True)
+                return Outcome("later", None, f"{self._who} takes no more than {limit} bytes at once", alarm=True)
             return None
         if self._rejection is not None:
             given = (self._rejection.source or 0, self._rejection.reason_diagnostic or 0)
@@ -645,6 +705,7 @@ class _Encrypting:
 
     def __init__(self, encryption: Encryption) -> None:
         self._context = encryption.context
+        self._names = encryption.names
         self._stream: ssl.SSLSocket | None = None
 
     @property
@@ -655,6 +716,8 @@ class _Encrypting:
     def wrap_socket(self, stream: socket.socket, *, server_side: bool, server_hostname: str) -> ssl.SSLSocket:
         """As a context does; the handshake comes with the connection, in its time-out."""
         self._stream = self._context.wrap_socket(stream, server_side=server_side, server_hostname=server_hostname)
+        if isinstance(self._stream, Caller):
+            self._stream.names = self._names
         return self._stream
 
     def close(self) -> None:

@@ -448,6 +448,7 @@ def _purge(house: House) -> bool:
         if worklist.mark_purged(house.engine, item):
             spool.remove(folder / item.file_name)
             purged += 1
+    worklist.forget_relays(house.engine, storage.retention_days)
     forgotten = worklist.forget(house.engine, storage.forget_days)
     if purged or forgotten:
         _log.info("purged", objects=purged, rows_forgotten=forgotten)

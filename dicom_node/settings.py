@@ -65,18 +65,6 @@ def _says_it_in_words(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
-def _not_built(*allowed: object) -> AfterValidator:
-    """Accept what works today and refuse the rest of the contract: a promise that nobody keeps is worse than none."""
-
-    def check(value: Any) -> Any:
-        if value not in allowed:
-            shown = " or ".join(str(v).lower() if isinstance(v, bool) else f'"{v}"' for v in allowed)
-            raise ValueError(f"not built yet; use {shown}")
-        return value
-
-    return AfterValidator(check)
-
-
 AETitle = Annotated[str, AfterValidator(_ae_title)]
 Address = Annotated[str, AfterValidator(_address)]
 Size = Annotated[ByteSize, BeforeValidator(_size)]
@@ -172,8 +160,14 @@ class Source(_Section):
     """True: it must call over TLS, and is refused on the plain port."""
     port: Port = 104
     """Its own port, used only to report commitments."""
-    commitment: Annotated[Literal["off", "proxy"], _not_built("off")] = "off"
-    """"proxy": answer its Storage Commitment requests once an archive has committed the objects. Not built yet."""
+    commitment: Literal["off", "proxy"] = "off"
+    """"proxy": take its Storage Commitment requests and pass them on to the destinations with `storage_commitment`; it
+    is told that an object is committed when one of them has committed itself to keep it, and which. Never by ourselves:
+    we delete what we receive. Reported to the address it asked from, at `port`, over TLS where `tls` is set."""
+    commitment_wait_s: PositiveFloat = 30
+    """Seconds for an archive to commit itself; then the camera is told that the object is not committed (0112 where
+    every archive says that it does not have it, else 0110), keeps its copy and may ask again. Longer where the archive
+    gets the objects later than we do, or reports late."""
 
 
 class Destination(_Section):
@@ -369,6 +363,16 @@ class Settings(BaseSettings):
         names = [destination.name for destination in self.destinations]
         if len(set(names)) < len(names):
             raise ValueError("destinations: two of them have the same name")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_commits(self) -> "Settings":
+        asks = [number for number, source in enumerate(self.sources) if source.commitment == "proxy"]
+        if asks and not any(destination.storage_commitment for destination in self.destinations):
+            raise ValueError(
+                f'sources.{asks[0]} has commitment = "proxy", and no destination with storage_commitment = true could'
+                " commit itself"
+            )
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from dicom_node.errors import SettingsError
-from dicom_node.settings import TLS, Destination, Settings
+from dicom_node.settings import TLS, Destination, Settings, Source
 from dicom_node.transport.secure import Certificate, Encryption, certificate_of, subject_of, verified, why
 
 # The suites of TLS 1.2; those of 1.3 are all of this kind. Level 2: keys of 112 bits and more (RSA 2048), no SHA-1.
@@ -72,6 +72,13 @@ def encryption_to(settings: Settings, destination: Destination) -> Encryption | 
     key = f"the authorities of destination {destination.name}" if destination.authorities else "tls.authorities"
     context = client_context(settings.tls, destination.authorities, key)
     return Encryption(context, destination.server_name or destination.host)
+
+
+def encryption_to_source(settings: Settings, source: Source) -> Encryption | None:
+    """Return how a camera is called with a report: with this encryption, or in clear. Raises SettingsError."""
+    if not source.tls:
+        return None
+    return Encryption(client_context(settings.tls), source.ae_title, source.certificates or (source.ae_title,))
 
 
 def encryption_to_repository(settings: Settings) -> Encryption:

@@ -7,7 +7,7 @@ worklist.
 """
 
 from dicom_node.transport.connection import Limits, Peer, Refusal, Request, Service
-from dicom_node.transport.dimse import C_STORE_RQ, N_EVENT_REPORT_RQ
+from dicom_node.transport.dimse import C_STORE_RQ, N_ACTION_RQ, N_EVENT_REPORT_RQ
 from dicom_node.transport.negotiation import MAXIMUM_PDU_SIZE
 from dicom_node.transport.secure import Certificate
 from dicom_node.transport.server import Door, Server, listen
@@ -15,6 +15,7 @@ from dicom_node.transport.server import Door, Server, listen
 __all__ = [
     "C_STORE_RQ",
     "MAXIMUM_PDU_SIZE",
+    "N_ACTION_RQ",
     "N_EVENT_REPORT_RQ",
     "Certificate",
     "Door",

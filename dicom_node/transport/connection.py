@@ -110,7 +110,7 @@ _WRONG_APPLICATION = Refusal(1, 1, 2, "application context name not supported")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A DIMSE request. `excess`: see `dimse.Message`; the data set is empty then. `event_type_id`: of a report."""
+    """A DIMSE request. `excess`: see `dimse.Message`; the data set is empty then. `type_id`: see `dimse`."""
 
     peer: Peer
     abstract_syntax_uid: str
@@ -119,7 +119,7 @@ class Request:
     sop_instance_uid: str
     data: bytes
     excess: str
-    event_type_id: int | None = None
+    type_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,7 +543,7 @@ class Connection:
                 sop_instance_uid=command.sop_instance_uid,
                 data=message.data,
                 excess=message.excess,
-                event_type_id=dimse.event_type_id(command),
+                type_id=dimse.type_id(command),
             )
         )
 

@@ -14,6 +14,7 @@ from threading import Lock
 C_STORE_RQ = 0x0001
 C_ECHO_RQ = 0x0030
 N_EVENT_REPORT_RQ = 0x0100
+N_ACTION_RQ = 0x0130
 C_CANCEL_RQ = 0x0FFF
 RESPONSE = 0x8000
 """The bit by which a response's Command Field differs from its request's (PS3.7 E.1)."""
@@ -38,6 +39,7 @@ _STATUS = 0x0900
 _AFFECTED_SOP_INSTANCE_UID = 0x1000
 _REQUESTED_SOP_INSTANCE_UID = 0x1001
 _EVENT_TYPE_ID = 0x1002
+_ACTION_TYPE_ID = 0x1008
 
 _ELEMENT = struct.Struct("<HHI")
 
@@ -104,9 +106,12 @@ def read_command(data: bytes) -> Command:
     )
 
 
-def event_type_id(command: Command) -> int | None:
-    """Return the Event Type ID of an N-EVENT-REPORT-RQ; None where there is none. Raises Violation."""
-    return _number(command.elements, _EVENT_TYPE_ID)
+def type_id(command: Command) -> int | None:
+    """Return the Event Type ID of an N-EVENT-REPORT-RQ, the Action Type ID of an N-ACTION-RQ; None where there is none.
+
+    Raises Violation.
+    """
+    return _number(command.elements, _ACTION_TYPE_ID if command.field == N_ACTION_RQ else _EVENT_TYPE_ID)
 
 
 def response(request: Command, status: int) -> bytes:

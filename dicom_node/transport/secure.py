@@ -33,15 +33,28 @@ class Certificate:
         return f"{', '.join(sorted(self.names)) or 'without a name'} (SHA-256 {self.sha256[:16]}...)"
 
 
+class WrongName(ssl.SSLError):
+    """A peer's certificate is sound, and somebody else's."""
+
+    def __init__(self, shown: Certificate) -> None:
+        super().__init__(f"its certificate is not one of this source's: {shown}")
+
+
 class Caller(ssl.SSLSocket):
-    """Our end of a connection to an archive; keeps why it broke, which pynetdicom does not hand on."""
+    """Our end of a connection to a peer; keeps why it broke, which pynetdicom does not hand on.
+
+    `names`: as in `Encryption`.
+    """
 
     fault: OSError | None = None
+    names: tuple[str, ...] = ()
 
     def do_handshake(self, block: bool = False) -> None:
         """As `ssl.SSLSocket` does."""
         try:
             super().do_handshake(block)
+            if self.names and not any((shown := certificate_of(self)).is_called(name) for name in self.names):
+                raise WrongName(shown)
         except OSError as error:
             self.fault = error
             raise
@@ -56,12 +69,19 @@ class Caller(ssl.SSLSocket):
 
 
 class Encryption:
-    """How an archive is called: what we shake hands with, and the name that its certificate must bear."""
+    """How a peer is called: what we shake hands with, and the name that its certificate must bear.
 
-    def __init__(self, context: ssl.SSLContext, server_name: str) -> None:
+    `names`: of these one, by the rule for callers (`Certificate.is_called`), in the place of `server_name`: a camera's
+    certificate bears its AE title and not where it stands.
+    """
+
+    def __init__(self, context: ssl.SSLContext, server_name: str, names: tuple[str, ...] = ()) -> None:
         context.sslsocket_class = Caller
+        if names:
+            context.check_hostname = False
         self.context = context
         self.server_name = server_name
+        self.names = names
 
 
 def certificate_of(stream: ssl.SSLSocket | ssl.SSLObject) -> Certificate:
@@ -94,6 +114,8 @@ def why(error: OSError) -> str:
             return "its certificate is refused: " + _VERIFICATION.get(
                 error.verify_code, error.verify_message.rstrip(".").lower()
             )
+        case WrongName():
+            return str(error.args[-1])
         case TimeoutError():
             return "its TLS handshake did not end in time"
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError() | ConnectionError():

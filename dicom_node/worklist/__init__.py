@@ -1,7 +1,7 @@
 """The worklist: what the node knows about every scan, and all SQL of the product.
 
 Plain functions on an SQLAlchemy engine. Start reading at `states` (what a row can be), then `intake` (what arrives),
-`work` (the worker), `deliveries` and `commitments` (the sender), `view` (people) and `upkeep` (retention, checks);
+`work` (the worker), `deliveries`, `commitments`, `relays` (the sender), `view` (people), `upkeep` (retention, checks);
 `tables` has the columns, `guard` the one function that changes a state, `events` the history.
 
 When a function raises, nothing of what it was to do has happened; when it returns, it is committed and on the disk.
@@ -53,6 +53,20 @@ from dicom_node.worklist.intake import (
     storable,
 )
 from dicom_node.worklist.recalls import SentResult, recall, sent_results
+from dicom_node.worklist.relays import (
+    MOST_OPEN,
+    DueRelay,
+    RelayedObject,
+    ask_relayed,
+    decide_relay,
+    due_relay,
+    forget_relays,
+    record_relayed,
+    record_request,
+    record_told,
+    release_relays,
+    wait_for_archives,
+)
 from dicom_node.worklist.schema import schema_is_current, upgrade
 from dicom_node.worklist.states import DELIVERY_STATES, REST, STATES, TRANSITIONS, LeaseLost, TransitionRefused
 from dicom_node.worklist.tables import VIEW_COLUMNS
@@ -101,6 +115,7 @@ __all__ = [
     "DISPUTED_DAYS",
     "DUPLICATE",
     "EVENTS",
+    "MOST_OPEN",
     "REST",
     "STATES",
     "TRANSITIONS",
@@ -111,6 +126,7 @@ __all__ = [
     "ClaimedInstance",
     "DatabaseUnavailable",
     "DueDelivery",
+    "DueRelay",
     "Event",
     "IntakeRules",
     "KeptFile",
@@ -123,6 +139,7 @@ __all__ = [
     "Predecessor",
     "PurgeableFile",
     "Receipt",
+    "RelayedObject",
     "Reported",
     "SentResult",
     "Stored",
@@ -130,6 +147,7 @@ __all__ = [
     "WorklistFault",
     "accept_identity",
     "ask_commitment",
+    "ask_relayed",
     "backup",
     "break_lease",
     "changes_since",
@@ -141,14 +159,17 @@ __all__ = [
     "copy",
     "counts_by_state",
     "damage",
+    "decide_relay",
     "details",
     "discard_version",
     "due_deliveries",
+    "due_relay",
     "events",
     "expire_views",
     "finish",
     "follow_clock",
     "forget",
+    "forget_relays",
     "heartbeat",
     "hold_identity",
     "judge_version",
@@ -169,11 +190,15 @@ __all__ = [
     "receive",
     "record_delivery",
     "record_event",
+    "record_relayed",
     "record_report",
+    "record_request",
     "record_stored",
+    "record_told",
     "record_unasked",
     "release_deliveries",
     "release_owner",
+    "release_relays",
     "release_version",
     "restore",
     "retry",
@@ -190,6 +215,7 @@ __all__ = [
     "upgrade",
     "verify_events",
     "verify_history",
+    "wait_for_archives",
     "warn_before_purge",
     "whose",
 ]

@@ -13,7 +13,7 @@ from dicom_node.worklist.engine import SCHEMA_LOCK, WorklistFault, lock, reading
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISION = "0003"
+REVISION = "0004"
 """The newest migration, said here once more so that asking for it loads no Alembic: the receiver starts in a second."""
 
 

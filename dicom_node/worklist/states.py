@@ -12,6 +12,9 @@ REST = frozenset({"delivered", "declined", "failed", "recalled"})
 
 DELIVERY_STATES = ("pending", "acknowledged", "refused", "given_up", "cancelled")
 
+RELAY_STATES = ("asking", "reporting", "reported", "given_up")
+"""Of a camera's request for Storage Commitment: archives are asked, the camera is told, and how that ended."""
+
 QUARANTINED = ("pending", "identity_changed", "other_pixels")
 """Verdicts on other bytes under a known UID that keep them from being used, and keep them longer."""
 

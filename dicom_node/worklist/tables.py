@@ -1,9 +1,9 @@
 """The tables of the worklist, its triggers, and the view `worklist` that people read.
 
 `scan` holds what is true now, one row for each acquisition; `instance` what was received; `result` what we made;
-`delivery` what became of it at each destination, `commitment` what an archive was asked to keep; `event` what happened,
-in order, for ever. Times are text from the database's clock (see `clock`), lists are JSON text, so that plain `sqlite3`
-shows everything.
+`delivery` what became of it at each destination, `commitment` what an archive was asked to keep, `relay` what a camera
+asked the archives to keep through us; `event` what happened, in order, for ever. Times are text from the database's
+clock (see `clock`), lists are JSON text, so that plain `sqlite3` shows everything.
 
 A new database is made by the migrations, never from here; a test compares the two.
 """
@@ -28,7 +28,7 @@ from sqlalchemy import (
     text,
 )
 
-from dicom_node.worklist.states import DELIVERY_STATES, STATES
+from dicom_node.worklist.states import DELIVERY_STATES, RELAY_STATES, STATES
 
 metadata = MetaData(
     naming_convention={
@@ -199,6 +199,70 @@ commitment = Table(
     Column("failure_reason", Integer),
     UniqueConstraint("transaction_uid", "delivery_id"),
     Index("ix_commitment_delivery_id", "delivery_id"),
+    sqlite_autoincrement=True,
+)
+
+# A camera's requests for Storage Commitment that are passed on to the archives.
+relay = Table(
+    "relay",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    # AE title and address that asked, and are told.
+    Column("source", Text, nullable=False),
+    Column("address", Text, nullable=False),
+    Column("transaction_uid", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("not_before", Text, nullable=False),
+    Column("claimed_by", Text),
+    Column("last_error", Text),
+    Column("requested_at", Text, nullable=False),
+    # Since when no archive is asked any longer and the camera is to be told.
+    Column("decided_at", Text),
+    Column("updated_at", Text, nullable=False),
+    UniqueConstraint("source", "transaction_uid"),
+    CheckConstraint(_one_of("state", RELAY_STATES), name="state"),
+    Index("ix_relay_state_not_before", "state", "not_before"),
+    sqlite_autoincrement=True,
+)
+
+relayed_object = Table(
+    "relayed_object",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("relay_id", Integer, ForeignKey("relay.id"), nullable=False),
+    Column("sop_class_uid", Text, nullable=False),
+    Column("sop_instance_uid", Text, nullable=False),
+    # AE title of the archive that committed itself to keep it; null while none has.
+    Column("retrieve_ae_title", Text),
+    UniqueConstraint("relay_id", "sop_instance_uid"),
+    sqlite_autoincrement=True,
+)
+
+relay_asking = Table(
+    "relay_asking",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("relay_id", Integer, ForeignKey("relay.id"), nullable=False),
+    Column("destination", Text, nullable=False),
+    Column("retrieve_ae_title", Text, nullable=False),
+    Column("transaction_uid", Text, nullable=False),
+    Column("asked_at", Text, nullable=False),
+    Column("reported_at", Text),
+    UniqueConstraint("transaction_uid"),
+    Index("ix_relay_asking_relay_id", "relay_id"),
+    sqlite_autoincrement=True,
+)
+
+# What an archive said last of an object that it does not keep: Failure Reason (0008,1197).
+relay_answer = Table(
+    "relay_answer",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("object_id", Integer, ForeignKey("relayed_object.id"), nullable=False),
+    Column("destination", Text, nullable=False),
+    Column("failure_reason", Integer, nullable=False),
+    UniqueConstraint("object_id", "destination"),
     sqlite_autoincrement=True,
 )
 

@@ -15,7 +15,7 @@ from dicom_node.worklist.clock import now, parse, read_clock, seconds_between, s
 from dicom_node.worklist.engine import NODE_EVENTS_LOCK, lock, reading, writing
 from dicom_node.worklist.schema import schema_is_current
 from dicom_node.worklist.states import QUARANTINED, REST
-from dicom_node.worklist.tables import delivery, event_table, identity, instance, result, scan
+from dicom_node.worklist.tables import delivery, event_table, identity, instance, relay, result, scan
 
 NOT_OURS_DAYS = 2
 """Days for rows that are at rest without any result: not a scan we answer."""
@@ -234,6 +234,9 @@ def follow_clock(engine: Engine, jumped_s: float) -> int:
             (scan.c.at_rest_since, scan.c.state.in_(REST)),
             (delivery.c.not_before, delivery.c.state == "pending"),
             (delivery.c.first_tried_at, delivery.c.state == "pending"),
+            (relay.c.not_before, relay.c.state.in_(("asking", "reporting"))),
+            (relay.c.requested_at, relay.c.state == "asking"),
+            (relay.c.decided_at, relay.c.state == "reporting"),
         ):
             if jumped_s < 0:
                 before = column > now(-half_s)

@@ -1,9 +1,10 @@
 """Reports on Storage Commitment: what is read of them, and from whom."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pydicom import Dataset
+from pydicom import DataElement, Dataset, config
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom.dsutils import encode
 
@@ -47,13 +48,47 @@ def test_an_object_named_both_as_kept_and_as_failed_is_not_kept() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x00", b"\xff" * 4000, b"\0" * (commitment.REPORT_LIMIT + 1)],
+    [b"", b"\x00", b"\xff" * 4000, b"\0" * (commitment.MESSAGE_LIMIT + 1)],
     ids=["empty", "one byte", "noise", "too long"],
 )
-def test_what_is_no_report_is_refused_and_not_quoted(data: bytes) -> None:
-    with pytest.raises(commitment.UnreadableReport) as raised:
-        commitment.read_report(data, ExplicitVRLittleEndian)
+@pytest.mark.parametrize("read", [commitment.read_report, commitment.read_request])
+def test_what_is_no_report_or_request_is_refused_and_not_quoted(
+    read: Callable[[bytes, str], object], data: bytes
+) -> None:
+    with pytest.raises(commitment.Unreadable) as raised:
+        read(data, ExplicitVRLittleEndian)
     assert "2.25" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("references", "why"),
+    [
+        ([], "names no object"),
+        ([("1.2.840.10008.5.1.4.1.1.20", "../../etc")], r"no UID|UserWarning"),
+        ([("", "2.25.10")], "no UID"),
+        ([("1.2.840.10008.5.1.4.1.1.20", "2.25.10"), ("1.2.840.10008.5.1.4.1.1.7", "2.25.10")], "two SOP classes"),
+    ],
+)
+def test_a_request_that_names_nothing_or_nonsense_is_refused(references: list[tuple[str, str]], why: str) -> None:
+    ds = Dataset()
+    ds.TransactionUID = "2.25.1"
+    ds.ReferencedSOPSequence = []
+    for sop_class, sop_instance in references:
+        item = Dataset()
+        item.add_new("ReferencedSOPClassUID", "UI", sop_class)
+        item[0x00081155] = DataElement(0x00081155, "UI", sop_instance, validation_mode=config.IGNORE)
+        ds.ReferencedSOPSequence.append(item)
+    data = encode(ds, is_implicit_vr=False, is_little_endian=True)
+    assert data is not None
+    with pytest.raises(commitment.Unreadable, match=why):
+        commitment.read_request(data, ExplicitVRLittleEndian)
+
+
+def test_an_object_that_a_camera_names_twice_is_one() -> None:
+    one = ("1.2.840.10008.5.1.4.1.1.20", "2.25.10")
+    data = encode(commitment.request("2.25.1", [one, one]), is_implicit_vr=False, is_little_endian=True)
+    assert data is not None
+    assert commitment.read_request(data, ExplicitVRLittleEndian) == commitment.Asked("2.25.1", (one,))
 
 
 def test_a_request_names_each_object_by_class_and_instance() -> None:

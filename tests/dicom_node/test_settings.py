@@ -213,14 +213,11 @@ def test_a_wrong_setting_is_refused_in_one_line_that_names_it(text: str, named: 
     assert "\n" not in sentence
 
 
-@pytest.mark.parametrize(
-    ("text", "key"),
-    [
-        (SOURCE + 'commitment = "proxy"\n', "sources.0.commitment"),
-    ],
-)
-def test_what_is_not_built_is_refused_rather_than_ignored(text: str, key: str) -> None:
-    assert f"{key}: not built yet; use " in refusal(text)
+def test_a_camera_is_promised_no_commitment_that_no_archive_could_make() -> None:
+    text = SOURCE + 'commitment = "proxy"\n'
+    assert "no destination with storage_commitment = true" in refusal(text)
+    archive = '[[destinations]]\nname = "pacs"\nae_title = "ARCHIVE"\nhost = "10.0.0.20"\nstorage_commitment = true\n'
+    assert load(written(text + archive)).sources[0].commitment == "proxy"
 
 
 def test_a_missing_file_is_refused_by_its_name() -> None:

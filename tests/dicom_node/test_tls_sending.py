@@ -13,13 +13,16 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 from pynetdicom import build_context
 
-from dicom_node import tls, transport
+from dicom_node import commitment, tls, transport
+from dicom_node.contexts import commitment_context
 from dicom_node.delivery import peer_of
 from dicom_node.doctor import Check, ask_destination
 from dicom_node.errors import SettingsError
-from dicom_node.sender import Outcome, Parcel, Peer, echo, send
+from dicom_node.sender import Outcome, Parcel, Peer, echo, report_commitment, send
 from dicom_node.settings import TLS, Settings
-from dicom_node.transport import C_STORE_RQ, Door, Limits, Request, Service
+from dicom_node.tls import encryption_to_source
+from dicom_node.transport import C_STORE_RQ, N_EVENT_REPORT_RQ, Door, Limits, Request, Service
+from dicom_node.worklist import DueRelay, RelayedObject
 
 HOST = "127.0.0.1"
 WAIT = {"connect_timeout_s": 1.0, "acse_timeout_s": 2.0, "dimse_timeout_s": 5.0}
@@ -39,12 +42,16 @@ def archive(context: ssl.SSLContext | None) -> Iterator[tuple[int, list[Request]
         return 0
 
     service = Service(
-        contexts=[build_context("1.2.840.10008.1.1"), build_context(SecondaryCaptureImageStorage)],
+        contexts=[
+            build_context("1.2.840.10008.1.1"),
+            build_context(SecondaryCaptureImageStorage),
+            commitment_context(requests=False, reports=True),
+        ],
         implementation_class_uid="1.2.3",
         implementation_version_name="TEST",
         limits=Limits(idle_s=30, associations=10, associations_per_peer=10, close_s=0.5),
         admit=lambda _: None,
-        handlers={C_STORE_RQ: store},
+        handlers={C_STORE_RQ: store, N_EVENT_REPORT_RQ: store},
     )
     server = transport.listen([Door((HOST, 0), context)], service)
     try:
@@ -217,3 +224,39 @@ def test_the_doctor_calls_an_archive_over_tls_and_says_why_it_cannot(
         gone = seen(port, authorities=str(tmp_path / "gone.pem"))
         assert not gone.ok
         assert gone.detail.endswith("gone.pem cannot be read: No such file or directory.")
+
+
+@pytest.mark.parametrize(
+    ("certificates", "shown", "why"),
+    [
+        ([], "OPTIMA1", ""),
+        (["camera1.hospital.example"], "camera1.hospital.example", ""),
+        ([], "OPTIMA2", "its certificate is not one of this source's: 127.0.0.1, localhost, optima2"),
+        (
+            ["camera1.hospital.example"],
+            "OPTIMA1",
+            "its certificate is not one of this source's: 127.0.0.1, localhost, optima1",
+        ),
+    ],
+)
+def test_a_report_to_a_camera_over_tls_goes_to_the_one_whose_certificate_is_named(
+    own: TLS, authority: Any, certificates: list[str], shown: str, why: str
+) -> None:
+    with archive(tls.server_context(files(authority.sign(shown)))) as (port, took):
+        settings = Settings.model_validate(
+            {
+                "tls": own.model_dump(),
+                "sources": [{"ae_title": "OPTIMA1", "port": port, "tls": True, "certificates": certificates}],
+            }
+        )
+        (source,) = settings.sources
+        peer = Peer("OPTIMA1", "OPTIMA1", HOST, port, encryption_to_source(settings, source))
+        kept = RelayedObject(1, SecondaryCaptureImageStorage, "2.25.10", "PACS", nowhere=False)
+        relay = DueRelay(1, "OPTIMA1", HOST, "2.25.1", 0, 0.0, 0.0, (kept,))
+        outcome = report_commitment(peer, *commitment.answer(relay), calling_ae_title="REMNANT", **WAIT)
+        if why:
+            assert (outcome.kind, outcome.alarm, took) == ("later", True, [])
+            assert why in outcome.text
+        else:
+            assert (outcome.kind, outcome.text) == ("acknowledged", "reported")
+            assert commitment.read_report(took[0].data, took[0].transfer_syntax_uid).committed == {"2.25.10"}

@@ -37,7 +37,8 @@ class Archive:
     """An archive that stores everything and reports as it is told: on the same association, on a new one, or not."""
 
     reports: str = "new"
-    missing: set[str] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)  # of the next report only
+    never: set[str] = field(default_factory=set)
     stored: list[tuple[str, bytes]] = field(default_factory=list)
     asked: list[Transaction] = field(default_factory=list)
     node_port: Callable[[], int] = lambda: 0
@@ -59,7 +60,9 @@ class Archive:
     def stop(self) -> None:
         for thread in self._threads:
             thread.join(30)
-        self._server.shutdown()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server = None
 
     def _store(self, event: evt.Event) -> int:
         self.stored.append((str(event.request.AffectedSOPInstanceUID), event.request.DataSet.getvalue()))
@@ -74,7 +77,7 @@ class Archive:
         transaction = Transaction(str(information.TransactionUID), references)
         self.asked.append(transaction)
         if self.reports != "not":
-            missing, self.missing = self.missing, set()
+            missing, self.missing = self.missing | self.never, set()
             assoc = event.assoc if self.reports == "same" else None
             thread = threading.Thread(target=self.report, args=(transaction, missing, assoc))
             self._threads.append(thread)
