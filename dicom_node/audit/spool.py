@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -195,21 +195,32 @@ class AuditSpool:
             raise OSError(errno.EAGAIN, "another thread holds the audit spool")
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                while True:
-                    try:
-                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        break
-                    except BlockingIOError:
-                        if time.monotonic() > deadline:
-                            raise OSError(errno.EAGAIN, "another process holds the audit spool") from None
-                        time.sleep(_LOCK_STEP_S)
+            with ExitStack() as held:
+                # In turn: whoever waits for the lock holds the turn, and who has just let the lock go must get that
+                # first. With the lock alone, a process that writes without a pause takes it again before any other
+                # looks.
+                with self._locked("turn", deadline):
+                    held.enter_context(self._locked("lock", deadline))
                 yield
-            finally:
-                os.close(descriptor)
         finally:
             self._threads.release()
+
+    @contextmanager
+    def _locked(self, name: str, deadline: float) -> Iterator[None]:
+        """Hold a lock file among processes; OSError where it is not to be had by `deadline` (monotonic)."""
+        descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise OSError(errno.EAGAIN, "another process holds the audit spool") from None
+                    time.sleep(_LOCK_STEP_S)
+            yield
+        finally:
+            os.close(descriptor)
 
     # --- files --------------------------------------------------------------------------------------------------------
 
