@@ -1,28 +1,25 @@
 """The commands: what a person or a script says to the node.
 
-Exit codes: 0 done; 1 it ran and the answer is no (declined, unhealthy); 2 wrong use; 3 the environment failed. With
-`--json`, standard output holds JSON Lines and nothing else. Modules are imported inside the commands, because
-`receive` must start within a second and torch alone takes longer.
+Exit codes: `errors.exit_code`. With `--json`, standard output holds JSON Lines and nothing else. Modules are imported
+inside the commands, because most commands must answer within a second and torch alone takes longer.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from dicom_node import log
-from dicom_node.errors import RemnantError, SettingsError, WrongUse
+from dicom_node import log, role
+from dicom_node.errors import ANSWER_IS_NO, DONE, RemnantError, SettingsError, WrongUse, exit_code
 from dicom_node.settings import Settings, load
-
-DONE, ANSWER_IS_NO, WRONG_USE, ENVIRONMENT = 0, 1, 2, 3
 
 app = typer.Typer(
     name="remnant",
@@ -52,7 +49,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON Lines for a mac
 RowId = Annotated[int, typer.Argument(help="The row's id, as `remnant worklist list` shows it.", metavar="ID")]
 Weights = Annotated[str, typer.Argument(help="A name, as `remnant models list` shows it, or a path.", metavar="NAME")]
 Quarantined = Annotated[str, typer.Argument(help="The id that `remnant quarantine list` shows.", metavar="ID")]
-Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 
 def main() -> None:
@@ -61,17 +57,7 @@ def main() -> None:
         app()
     except RemnantError as error:
         Console(stderr=True, soft_wrap=True).print(f"remnant: {error}", markup=False, highlight=False)
-        sys.exit(_exit_code(error))
-
-
-def _exit_code(error: RemnantError) -> int:
-    if isinstance(error, WrongUse):
-        return WRONG_USE
-    # Loaded already where it was raised; a command that has nothing to do with the worklist need not load it for this.
-    states = sys.modules.get("dicom_node.worklist.states")
-    if states is not None and isinstance(error, states.TransitionRefused):
-        return ANSWER_IS_NO
-    return ENVIRONMENT
+        sys.exit(exit_code(error))
 
 
 @app.command()
@@ -98,30 +84,21 @@ def serve(config: Config = None) -> None:
 
 
 @app.command()
-def receive(config: Config = None, supervised: Supervised = False) -> None:
+def receive(config: Config = None) -> None:
     """Run only the receiver (C-ECHO, C-STORE). For several machines on one database."""
-    # pydicom loads both where it finds them: 20 MB for pixels, at which a receiver never looks.
-    for unused in ("numpy", "PIL"):
-        sys.modules.setdefault(unused, cast(ModuleType, None))
-    from dicom_node.service import run_receiver
-
-    run_receiver(_start(config, "receive"), supervised=supervised)
+    _become("receive", config)
 
 
 @app.command()
-def work(config: Config = None, supervised: Supervised = False) -> None:
+def work(config: Config = None) -> None:
     """Run only a worker: analyse what is queued, and keep the worklist's clockwork going."""
-    from dicom_node.service import run_worker
-
-    run_worker(_start(config, "work"), supervised=supervised)
+    _become("work", config)
 
 
 @app.command()
-def send(config: Config = None, supervised: Supervised = False) -> None:
+def send(config: Config = None) -> None:
     """Run only the sender: deliver results to the destinations."""
-    from dicom_node.service import run_sender
-
-    run_sender(_start(config, "send"), supervised=supervised)
+    _become("send", config)
 
 
 @app.command()
@@ -908,6 +885,14 @@ def _start(config: Path | None, role: str) -> Settings:
     settings = load(config)
     log.set_up(as_json=settings.log.json_lines, role=role)
     return settings
+
+
+def _become(name: str, config: Path | None) -> None:
+    """Go on as that role, in this process: whoever started us and watches us need not notice."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = role.command(name, config, supervised=False)
+    os.execv(command[0], command)  # noqa: S606 - our own interpreter
 
 
 def _record(settings: Settings, command: str, action: Any, why: str, whose: Any) -> None:

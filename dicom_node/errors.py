@@ -4,6 +4,11 @@ An exception says what was being done, to which study, and what the person can d
 again makes sense. Text never holds a patient's name, ID, birth date or accession number: a study is named by its UID.
 """
 
+import sys
+
+DONE, ANSWER_IS_NO, WRONG_USE, ENVIRONMENT = 0, 1, 2, 3
+"""Exit codes: done; it ran and the answer is no (declined, unhealthy); wrong use; the environment failed."""
+
 
 class RemnantError(Exception):
     """Something a person has to know.
@@ -41,3 +46,14 @@ class SettingsError(WrongUse):
 
 class StorageError(RemnantError):
     """The spool cannot take or give bytes: no room, no permission, a digest that does not match."""
+
+
+def exit_code(error: RemnantError) -> int:
+    """Return the exit code of a command or process that ends by an error."""
+    if isinstance(error, WrongUse):
+        return WRONG_USE
+    # Loaded already where it was raised; a command that has nothing to do with the worklist need not load it for this.
+    states = sys.modules.get("dicom_node.worklist.states")
+    if states is not None and isinstance(error, states.TransitionRefused):
+        return ANSWER_IS_NO
+    return ENVIRONMENT

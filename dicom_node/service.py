@@ -15,7 +15,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from sqlalchemy import Engine
 from dicom_node import audit, log, quarantine, reconcile, spool, tls, worklist
 from dicom_node.audit.repository import Repository
 from dicom_node.errors import RemnantError, SettingsError
+from dicom_node.role import command
 from dicom_node.settings import Settings
 from dicom_node.spool import Spool
 
@@ -216,14 +216,11 @@ def serve(settings: Settings, config: Path | None) -> None:
 
 
 def _keep_running(role: Role, config: Path | None, stop: threading.Event) -> None:
-    command = [sys.executable, "-m", "dicom_node.cli", role, "--supervised"]
-    if config is not None:
-        command += ["--config", str(config)]
     pause_s = _RESTART_FIRST_S
     while not stop.is_set():
         started = time.monotonic()
         # The child reads our pipe: when we die, however suddenly, it reads the end of it and stops too.
-        child = subprocess.Popen(command, stdin=subprocess.PIPE)
+        child = subprocess.Popen(command(role, config, supervised=True), stdin=subprocess.PIPE)
         while child.poll() is None and not stop.wait(0.1):
             pass
         if stop.is_set():

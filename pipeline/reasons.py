@@ -118,7 +118,7 @@ _ALL = (
         *_OTHER,
         True,
         "the result did not pass its own checks",
-        "see last_error; report it to the makers",
+        "see last_error; correct what it names in the object and send it again, or report it to the makers",
     ),
     Reason(
         "identity_changed",

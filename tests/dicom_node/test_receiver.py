@@ -448,12 +448,11 @@ def test_a_peer_is_admitted_by_name_and_address(
 
 WHAT_RECEIVE_LOADS = """
 import sys
-import dicom_node.cli
-heavy = {"torch", "torchvision", "cv2", "highdicom", "models", "numpy", "PIL"}
-before = heavy & {name.split(".")[0] for name in sys.modules}
-sys.modules.update(numpy=None, PIL=None)  # as `remnant receive` does
+from dicom_node.role import spare
+spare("receive")
 import dicom_node.service, dicom_node.receiver, dicom_node.wake
-print(sorted(before | heavy & {name.split(".")[0] for name, module in sys.modules.items() if module is not None}))
+heavy = {"torch", "torchvision", "cv2", "highdicom", "models", "numpy", "PIL", "typer", "rich", "alembic"}
+print(sorted(heavy & {name.split(".")[0] for name, module in sys.modules.items() if module is not None}))
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from dicom_node import cli, demo
+from dicom_node import cli, demo, errors
 from dicom_node.receiver import Receiver
 from dicom_node.worklist import DELIVERY_STATES, STATES, TRANSITIONS, VIEW_COLUMNS
 from pipeline.reasons import REASONS
@@ -90,7 +90,7 @@ def test_no_page_and_no_hint_names_a_command_that_does_not_exist() -> None:
 
 
 def test_every_exit_code_is_explained_to_the_admin() -> None:
-    codes = {cli.DONE, cli.ANSWER_IS_NO, cli.WRONG_USE, cli.ENVIRONMENT}
+    codes = {errors.DONE, errors.ANSWER_IS_NO, errors.WRONG_USE, errors.ENVIRONMENT}
     assert {int(row[0]) for row in table("deploy/README.md", "exit code")} == codes
 
 
