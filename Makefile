@@ -28,6 +28,7 @@ bench: $(VENV)/.dev peers   ## Measure speed and memory beside a peer
 soak: $(VENV)/.dev peers   ## Send thousands of objects through a node and look for what grows: SOAK_OBJECTS=10000 SOAK_MINUTES=240
 	$(BIN)/python -m pytest -q -s tests/hospital/end_to_end/soak_*.py
 	POWER_CUTS=20 KILL_POINTS=1 $(BIN)/python -m pytest -q tests/hospital/end_to_end/test_power_cut.py tests/hospital/end_to_end/test_kill_points.py
+	LOCK_S=60 $(BIN)/python -m pytest -q tests/hospital/end_to_end/test_people_at_the_node.py -k write_lock
 
 fuzz: $(VENV)/.dev   ## Feed every parser of the wire with broken bytes: FUZZ_S=600 FUZZ_SEED=1
 	$(BIN)/python -m pytest -q -s tests/dicom_node/fuzz_parsers.py

@@ -16,10 +16,15 @@ from typing import Any
 
 import pytest
 from pydicom import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom import AE
+from pynetdicom.sop_class import Verification
 
 from dicom_node.archive import Archive
 from pipeline.camera import examination, expose, foreign
 from pipeline.phantom import phantom
+
+LOCK_S = float(os.environ.get("LOCK_S", "3"))
 
 
 def _scan(seed: int, **changes: Any) -> tuple[Dataset, ...]:
@@ -87,6 +92,39 @@ def test_an_admins_open_reader_changes_nothing_and_tail_follows(
         check=True,
     ).stdout
     assert shown.splitlines() == [f"{n}|delivered|present|anterior,posterior" for n in (1, 2, 3)]
+
+
+def test_while_an_admin_holds_the_write_lock_the_camera_is_told_to_come_again_and_nothing_is_lost(
+    make_node: Callable[..., Any], archive: Archive, camera: Callable[..., None], wait: Callable[..., Any]
+) -> None:
+    node = make_node(archive, source="[database]\nbusy_timeout_s = 0.5\n").start()
+    camera(node.port, _scan(905))  # the lock meets its analysis, or its sending
+    late = _scan(906)
+    ae = AE(ae_title="OPTIMA1")
+    ae.add_requested_context(Verification)
+    ae.add_requested_context(late[0].SOPClassUID, ExplicitVRLittleEndian)
+    statuses, echoes_s = [], []
+    with closing(sqlite3.connect(node.database, isolation_level=None)) as admin:
+        admin.execute("BEGIN IMMEDIATE")
+        ends = time.monotonic() + LOCK_S
+        while time.monotonic() < ends or len(statuses) < 2:
+            assoc = ae.associate("127.0.0.1", node.port, ae_title="REMNANT")
+            began = time.monotonic()
+            assert assoc.send_c_echo().Status == 0x0000
+            echoes_s.append(time.monotonic() - began)
+            statuses.append(assoc.send_c_store(late[0]).Status)
+            assoc.release()
+        admin.execute("ROLLBACK")
+    assert set(statuses) == {0xA700}
+    assert min(echoes_s) < 1
+    for role in ("receive", "work", "send"):
+        assert node.pid(role) is not None, f"{role} did not survive a lock"
+    camera(node.port, late)
+    rows = node.wait_for_rows(2, ("delivered",))
+    assert [row["attempts"] for row in rows] == [0, 0], "a lock is no failure of an analysis"
+    assert {held.sop_instance_uid for held in archive.objects()} == set(node.results())
+    kept = list((node.directory / "var" / "spool" / "objects").rglob("*.dcm"))
+    assert len(kept) == 2
 
 
 def test_the_same_object_twice_is_one_row_and_other_bytes_under_its_uid_stop_sending(
