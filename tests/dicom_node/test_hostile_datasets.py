@@ -4,12 +4,14 @@ Each is refused with a status, or stored and then answered with a reason: never 
 and nothing outside the spool.
 """
 
+import math
 import struct
 import threading
 import time
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from pydicom.uid import (
 from pynetdicom import AE
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
+from pynetdicom.sop_class import Verification
 
 from dicom_node import spool, worklist
 from dicom_node.analyst import Analyst
@@ -35,7 +38,8 @@ from dicom_node.wake import Bell
 from pipeline.camera import examination, expose
 from pipeline.phantom import phantom
 
-ANSWER_S = 20.0  # two seconds are promised; a busy machine is no fault of the receiver
+ANSWER_S, ECHO_S = 2.0, 1.0
+TRIES = 3  # the fastest counts: a busy machine is no fault of the receiver
 CHILD_MIB = 200.0
 EXPLICIT, IMPLICIT, DEFLATED = (
     str(uid) for uid in (ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
@@ -192,6 +196,28 @@ def put(port: int, data: bytes, syntax: str) -> int:
     return int(response.Status)
 
 
+def echo(port: int) -> int:
+    ae = AE(ae_title="OPTIMA1")
+    ae.add_requested_context(Verification)
+    assoc = ae.associate("127.0.0.1", port, ae_title="REMNANT")
+    assert assoc.is_established
+    status = int(assoc.send_c_echo().Status)
+    assoc.release()
+    return status
+
+
+def timely(call: Callable[[], int], limit_s: float) -> tuple[int, float]:
+    """The status that a call returns, and how long it took; one that took too long is made again."""
+    fastest_s = math.inf
+    for _ in range(TRIES):
+        began = time.monotonic()
+        status = call()
+        fastest_s = min(fastest_s, time.monotonic() - began)
+        if fastest_s <= limit_s:
+            break
+    return status, fastest_s
+
+
 def test_no_dataset_gets_past_receiver_and_child(tmp_path: Path) -> None:
     settings = Settings.model_validate(
         {
@@ -215,10 +241,12 @@ def test_no_dataset_gets_past_receiver_and_child(tmp_path: Path) -> None:
         before_mib, pid = child.memory_info().rss / 2**20, child.pid
         for name, (data, syntax) in (HOSTILE | ODD).items():
             known = set(store.objects.glob("*/*"))
-            began = time.monotonic()
-            status = put(port, data, syntax)
-            if (took_s := time.monotonic() - began) > ANSWER_S:
+            status, took_s = timely(partial(put, port, data, syntax), ANSWER_S)
+            if took_s > ANSWER_S:
                 faults.append(f"{name}: answered after {took_s:.1f} s")
+            alive, took_s = timely(partial(echo, port), ECHO_S)
+            if alive or took_s > ECHO_S:
+                faults.append(f"{name}: an echo behind it had {alive:04X} after {took_s:.1f} s")
             if status:
                 if status not in (0xC000, 0xA900):
                     faults.append(f"{name}: {status:04X}")
