@@ -237,7 +237,7 @@ def _item(kind: int, content: bytes) -> bytes:
     return struct.pack(">BBH", kind, 0, len(content)) + content
 
 
-def _association_request(sop_class_uid: str) -> bytes:
+def association_request(sop_class_uid: str) -> bytes:
     """An A-ASSOCIATE-RQ for a class in Explicit VR Little Endian (PS3.8 9.3.2)."""
     syntaxes = _item(0x30, sop_class_uid.encode()) + _item(0x40, b"1.2.840.10008.1.2.1")
     user = _item(0x50, _item(0x51, struct.pack(">I", 131072)) + _item(0x52, b"1.2.3.4"))
@@ -246,7 +246,7 @@ def _association_request(sop_class_uid: str) -> bytes:
     return struct.pack(">BBI", 1, 0, len(content)) + content
 
 
-def _store_request(ds: Dataset) -> bytes:
+def store_request(ds: Dataset) -> bytes:
     """A C-STORE-RQ with its data set as P-DATA-TF PDUs (PS3.7 9.3.1.1, PS3.8 9.3.5)."""
 
     def element(number: int, value: bytes) -> bytes:
@@ -299,7 +299,7 @@ def all_at_once() -> Callable[[int, Sequence[Dataset]], list[Call]]:
         calls: list[Call] = []
         senders = [
             threading.Thread(
-                target=call, args=(port, _association_request(str(ds.SOPClassUID)), _store_request(ds), start, calls)
+                target=call, args=(port, association_request(str(ds.SOPClassUID)), store_request(ds), start, calls)
             )
             for ds in objects
         ]
