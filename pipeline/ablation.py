@@ -5,7 +5,8 @@ counts and under every variant of equalization and GrabCut; each is measured on 
 those of a camera that none was trained on (other pixels, resolution, sensitivity, scatter). `mask_alone` sees nothing
 but GrabCut's outline: its area says how much of the label the mask itself betrays. Small on purpose, so that all of it
 fits into one sitting: the areas compare the variants with each other, not with the shipped weights. `--large` asks of
-the two best whether what helped with few scans still helps with more.
+plain and equalized pictures whether what helped with few scans still helps with more, in several trainings each: two
+trainings that differ in nothing but their random numbers differ too.
 
 Writes `ablation.json` and the page `ablation.md` into DIR (`--large`: `ablation-large`), row by row, and goes on where
 it was interrupted.
@@ -64,6 +65,7 @@ class Scale:
     """How much one comparison sees. `name`: of its page. `variants`: the rows, `plain` first.
 
     `outlined`: whether any variant needs GrabCut's mask, which takes longer than everything else; else its layer is 0.
+    `trainings`: of each variant, from other random numbers.
     """
 
     name: str
@@ -71,6 +73,15 @@ class Scale:
     settings: TrainingSettings
     variants: tuple[str, ...]
     outlined: bool
+    trainings: int = 1
+
+    def rows(self) -> tuple[tuple[str, str, int], ...]:
+        """(name of the row, variant, seed) in the order in which they are trained: each variant once, then again."""
+        return tuple(
+            (variant if turn == 0 else f"{variant}-{turn + 1}", variant, self.settings.seed + turn)
+            for turn in range(self.trainings)
+            for variant in self.variants
+        )
 
 
 _ORDER: Final = Order(
@@ -152,6 +163,7 @@ LARGE: Final = Scale(
     replace(SETTINGS, stages=((6, GRID // 2), (2, GRID))),
     ("plain", "equalized"),
     outlined=False,
+    trainings=3,
 )
 """Whether what helped with few scans still helps with more: no mask, and the tests four times as large."""
 
@@ -215,26 +227,26 @@ def run(work: Path, processes: int, say: Callable[[str], None], scale: Scale = S
         rows.setdefault("mask_kept_or_not", kept)
     truths = {name: labels for name, (_, labels, _) in sets.items()}
     layers, labels, _ = sets["training"]
-    for variant in scale.variants:
-        if variant in rows:
+    for row_name, variant, seed in scale.rows():
+        if row_name in rows:
             continue
         started, make = time.monotonic(), VARIANTS[variant]
         images = make(layers)
         inputs = len(images) // len(labels)
         # Shown to the network as often as the others: a view of its own counts as half a pair.
-        settings = replace(scale.settings, epoch_images=inputs * len(labels))
-        network = train(images, np.repeat(labels, inputs), settings, checkpoint=work / f"{variant}.pt")
+        settings = replace(scale.settings, epoch_images=inputs * len(labels), seed=seed)
+        network = train(images, np.repeat(labels, inputs), settings, checkpoint=work / f"{row_name}.pt")
         row: dict[str, Any] = {}
         for name in TESTED:
             unseen, truth, _ = sets[name]
             scores = logits(network, make(unseen), settings).reshape(len(truth), -1).mean(axis=1)
             low, high = metrics.roc_auc_interval(truth, scores)
             row[name] = {"auc": metrics.roc_auc(truth, scores), "low": low, "high": high}
-            np.save(work / f"{variant}.{name}.npy", scores)
+            np.save(work / f"{row_name}.{name}.npy", scores)
         row["seconds"] = round(time.monotonic() - started)
-        rows[variant] = row
+        rows[row_name] = row
         path.write_text(json.dumps(rows, indent=2) + "\n")
-        say(f"{variant}: {json.dumps(row)}")
+        say(f"{row_name}: {json.dumps(row)}")
         write_page(work, rows, truths, scale)
     write_page(work, rows, truths, scale)
     return path
@@ -243,10 +255,7 @@ def run(work: Path, processes: int, say: Callable[[str], None], scale: Scale = S
 def write_page(work: Path, rows: Mapping[str, Any], truths: Mapping[str, NDArray[np.uint8]], scale: Scale) -> None:
     """`NAME.md` of the rows there are."""
     scores = {
-        (variant, name): np.load(work / f"{variant}.{name}.npy")
-        for variant in scale.variants
-        if variant in rows
-        for name in TESTED
+        (row, name): np.load(work / f"{row}.{name}.npy") for row, _, _ in scale.rows() if row in rows for name in TESTED
     }
     (work / f"{scale.name}.md").write_text(page(rows, truths, scores, scale), encoding="utf-8")
 
@@ -259,8 +268,9 @@ def page(
 ) -> str:
     """Markdown for `models/cards/`.
 
-    `rows`: of `NAME.json`; `truths`: set -> labels (P,); `scores`: (variant, set) -> (P,).
+    `rows`: of `NAME.json`; `truths`: set -> labels (P,); `scores`: (row, set) -> (P,).
     """
+    again = ", but shows between its lines" if scale.trainings > 1 else ""
     epochs = " and ".join(f"{count} epochs at {edge} pixels" for count, edge in scale.settings.stages)
     lines = [
         "# What each step of the paper's image processing does to the answer",
@@ -270,26 +280,28 @@ def page(
         f"ResNet-18 from the same random weights, {len(truths['training']):,} simulated pairs, {epochs}, tested on "
         f"{len(truths['same_cameras']):,} unseen pairs of the same cameras and {len(truths['other_camera']):,} of a "
         "camera that none was trained on. AUC with DeLong's 95 % interval; p: DeLong's test against `plain` on the "
-        "same pairs, not corrected for the number of comparisons. One training a row: by what two trainings of a row "
-        "differ is not in the intervals. Made by `python -m pipeline.ablation`.",
+        "same pairs and from the same random numbers, not corrected for the number of comparisons. "
+        f"Every line is one training: by what two trainings of one input differ is not in its interval{again}. Made "
+        f"by `python -m pipeline.ablation{' --large' if scale.name == LARGE.name else ''} --work DIR`.",
         "",
         "| input | same cameras | p | other camera | p | minutes |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for variant in scale.variants:
-        told = TOLD[variant]
-        if variant not in rows:
+    for row, variant, seed in sorted(scale.rows(), key=lambda one: (scale.variants.index(one[1]), one[2])):
+        told = TOLD[variant] + (f", seed {seed}" if scale.trainings > 1 else "")
+        if row not in rows:
             lines.append(f"| {told} | not run yet | | | | |")
             continue
         cells = []
         for name in TESTED:
-            found = rows[variant][name]
+            found = rows[row][name]
             cells.append(f"{found['auc']:.4f} ({found['low']:.4f}-{found['high']:.4f})")
-            plain = scores["plain", name]
-            same = variant == "plain"
-            p_value = "" if same else metrics.compare_areas(truths[name], plain, scores[variant, name]).p_value
+            plain = scores.get((row.replace(variant, "plain", 1), name))
+            p_value: float | str = ""
+            if variant != "plain" and plain is not None:
+                p_value = metrics.compare_areas(truths[name], plain, scores[row, name]).p_value
             cells.append("" if isinstance(p_value, str) else "<0.0001" if p_value < 1e-4 else f"{p_value:.4f}")
-        lines.append(f"| {told} | {' | '.join(cells)} | {rows[variant]['seconds'] / 60:.0f} |")
+        lines.append(f"| {told} | {' | '.join(cells)} | {rows[row]['seconds'] / 60:.0f} |")
     if not scale.outlined:
         return "\n".join(lines) + "\n"
     kept = rows["mask_kept_or_not"]

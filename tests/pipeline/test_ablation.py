@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.ablation import LARGE, SETS, SMALL, TESTED, TOLD, VARIANTS, Scale, run
 
 
@@ -16,11 +18,17 @@ def _tiny(scale: Scale) -> Scale:
 
 
 def test_the_larger_comparison_needs_no_mask_and_says_what_it_compares(tmp_path: Path) -> None:
-    run(tmp_path, 1, lambda line: None, _tiny(LARGE))
+    path = run(tmp_path, 1, lambda line: None, dataclasses.replace(_tiny(LARGE), trainings=2))
     page = (tmp_path / "ablation-large.md").read_text(encoding="utf-8")
     assert "SYNTHETIC" in page
-    assert [row.split("`")[1] for row in page.splitlines() if row.startswith("| `")] == ["plain", "equalized"]
+    lines = [row for row in page.splitlines() if row.startswith("| `")]
+    assert [row.split("`")[1] for row in lines] == ["plain", "plain", "equalized", "equalized"]
+    assert ["seed 131" in row for row in lines] == [True, False, True, False]
     assert "GrabCut" not in page
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    assert set(rows) == {"plain", "plain-2", "equalized", "equalized-2"}
+    first, second = (np.load(tmp_path / f"{name}.other_camera.npy") for name in ("plain", "plain-2"))
+    assert not np.array_equal(first, second), "another training starts from other random numbers"
 
 
 def test_every_variant_is_trained_measured_and_told_on_a_page(tmp_path: Path) -> None:
