@@ -163,7 +163,7 @@ LARGE: Final = Scale(
     replace(SETTINGS, stages=((6, GRID // 2), (2, GRID))),
     ("plain", "equalized"),
     outlined=False,
-    trainings=3,
+    trainings=2,
 )
 """Whether what helped with few scans still helps with more: no mask, and the tests four times as large."""
 

@@ -18,7 +18,7 @@ def _tiny(scale: Scale) -> Scale:
 
 
 def test_the_larger_comparison_needs_no_mask_and_says_what_it_compares(tmp_path: Path) -> None:
-    path = run(tmp_path, 1, lambda line: None, dataclasses.replace(_tiny(LARGE), trainings=2))
+    path = run(tmp_path, 1, lambda line: None, _tiny(LARGE))
     page = (tmp_path / "ablation-large.md").read_text(encoding="utf-8")
     assert "SYNTHETIC" in page
     lines = [row for row in page.splitlines() if row.startswith("| `")]
