@@ -152,6 +152,7 @@ class Receiver:
         unsaid = self._refusals.rest()
         if unsaid:
             _log.warning("store_refused", lines_left_out=unsaid)
+        self._sender_bell.close()
 
     def _admit(self, peer: Peer) -> Refusal | None:
         if peer.called_ae_title != self._settings.node.ae_title:
