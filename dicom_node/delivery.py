@@ -11,7 +11,9 @@ report from it until somebody restarts the node.
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Literal
 
 from pydicom.uid import UID, ImplicitVRLittleEndian
@@ -21,7 +23,7 @@ from dicom_node import commitment, log, worklist
 from dicom_node.audit import Query, Recorder
 from dicom_node.chain import ChainError, next_object
 from dicom_node.contexts import STUDY_ROOT_FIND
-from dicom_node.errors import SettingsError, StorageError
+from dicom_node.errors import RemnantError, SettingsError, StorageError
 from dicom_node.relay import Relay
 from dicom_node.sender import Outcome, Parcel, Peer, encoded_query, find_studies, request_commitment, send
 from dicom_node.settings import Destination, Settings
@@ -69,32 +71,53 @@ class Sender:
         self._recorder = recorder or Recorder(settings, "remnant send")
         self._bell = Bell(store.run / "sender.bell")
         self._rung = {destination.name: threading.Event() for destination in settings.destinations}
+        self._failed = threading.Event()
         self._relay = Relay(settings, engine, owner=owner, report_wait_s=REPORT_WAIT_S)
 
     def run(self, stop: threading.Event) -> None:
-        """Deliver until `stop` is set; the object on the wire then comes to its outcome, and no other is begun."""
+        """Deliver until `stop` is set; the object on the wire then comes to its outcome, and no other is begun.
+
+        Raises
+        ------
+        RemnantError: a thread of ours ended by an error of ours, and all others were stopped: a destination that nobody
+            serves any longer would be noticed days later. Whoever started us starts us again.
+        """
         freed = worklist.release_deliveries(self._engine, self._owner)
         if freed:
             _log.warning("deliveries_released", count=freed, why="their sender ended before it knew the outcome")
         threads = [
-            threading.Thread(target=self._serve, args=(destination, stop), name=f"to-{destination.name}")
+            self._thread(f"to-{destination.name}", partial(self._serve, destination, stop))
             for destination in self._settings.destinations
         ]
         if any(source.commitment == "proxy" for source in self._settings.sources):
-            threads += self._relay.threads(stop)
+            threads += [self._thread(name, part) for name, part in self._relay.parts(stop).items()]
         for thread in threads:
             thread.start()
-        while not stop.is_set():
+        while not (stop.is_set() or self._failed.is_set()):
             self._bell.wait(POLL_S)
             for rung in self._rung.values():
                 rung.set()
             self._relay.wake()
+        stop.set()
         for thread in threads:
             thread.join()
         try:
             worklist.release_deliveries(self._engine, self._owner)
         except worklist.DatabaseUnavailable as error:  # the next start does it
             _log.error("database_unavailable", error=str(error))
+        if self._failed.is_set():
+            raise RemnantError("A part of the sender ended by an error, which stands in the log.", retry=True)
+
+    def _thread(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - whatever it was, the others must hear of it
+                _log.critical("sending_failed", thread=name, exc_info=error)
+                self._failed.set()
+                self.wake()
+
+        return threading.Thread(target=run, name=name)
 
     def wake(self) -> None:
         """End the sleep of `run`."""

@@ -11,7 +11,7 @@ Everything that goes wrong becomes a status for the peer: what may pass is A700 
 import socket
 import time
 from collections.abc import Callable
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 
 from sqlalchemy import Engine
 
@@ -292,14 +292,10 @@ def refusal(sources: tuple[Source, ...], peer: Peer) -> Refusal | None:
 
     Without any source: loopback only.
     """
-    address = ip_address(peer.address)
     if not sources:
-        return None if address.is_loopback else _UNKNOWN_CALLING
+        return None if ip_address(peer.address).is_loopback else _UNKNOWN_CALLING
     called_so = [
-        source
-        for source in sources
-        if source.ae_title == peer.calling_ae_title
-        and (not source.hosts or any(address in ip_network(host, strict=False) for host in source.hosts))
+        source for source in sources if source.ae_title == peer.calling_ae_title and source.is_at(peer.address)
     ]
     if not called_so:
         return _UNKNOWN_CALLING

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from sqlalchemy import Engine
 
 from dicom_node import commitment, log, worklist
 from dicom_node.errors import SettingsError
 from dicom_node.sender import Outcome, Peer, back_off_s, report_commitment, request_commitment
-from dicom_node.settings import Destination, Settings
+from dicom_node.settings import Destination, Settings, Source
 from dicom_node.tls import encryption_to, encryption_to_source
 
 HOLD_S = 300.0
@@ -46,16 +47,21 @@ class Relay:
         self._timeout_s = min(_TIMEOUT_S, settings.delivery.timeout_s)
         self._rung = (threading.Event(), threading.Event())
 
-    def threads(self, stop: threading.Event) -> list[threading.Thread]:
-        """Return what does the work, to be started; it ends soon after `stop` is set. Raises DatabaseUnavailable."""
+    def parts(self, stop: threading.Event) -> dict[str, Callable[[], None]]:
+        """Return what does the work, each to run in a thread; it ends soon after `stop` is set.
+
+        Raises
+        ------
+        DatabaseUnavailable: what an earlier life of ours had taken could not be given back.
+        """
         freed = worklist.release_relays(self._engine, self._owner)
         if freed:
             _log.warning("relays_released", count=freed, why="their sender ended before it knew the outcome")
-        parts: tuple[tuple[str, Callable[[worklist.DueRelay], None]], ...] = (("ask", self._ask), ("tell", self._tell))
-        return [
-            threading.Thread(target=self._serve, args=(name == "ask", work, rung, stop), name=f"relay-{name}")
-            for (name, work), rung in zip(parts, self._rung, strict=True)
-        ]
+        ask, tell = self._rung
+        return {
+            "relay-ask": partial(self._serve, True, self._ask, ask, stop),
+            "relay-tell": partial(self._serve, False, self._tell, tell, stop),
+        }
 
     def wake(self) -> None:
         """Look at once: something may have come."""
@@ -80,7 +86,8 @@ class Relay:
     def _ask(self, relay: worklist.DueRelay) -> None:
         """Ask every archive for what none keeps yet, or decide."""
         wanted = [one for one in relay.objects if not one.kept_by]
-        left_s = self._wait_s(relay.source) - relay.age_s
+        source = self._source_of(relay)
+        left_s = 0.0 if source is None else source.commitment_wait_s - relay.age_s
         if not wanted or left_s <= 0 or not self._archives:
             worklist.decide_relay(self._engine, relay.id)
             self._rung[1].set()
@@ -162,8 +169,8 @@ class Relay:
         )
 
     def _report(self, relay: worklist.DueRelay) -> Outcome:
-        source = next((one for one in self._settings.sources if one.ae_title == relay.source), None)
-        if source is None or source.commitment != "proxy":
+        source = self._source_of(relay)
+        if source is None:
             return Outcome("later", None, f'{relay.source} is no longer a source with commitment = "proxy"')
         try:
             peer = Peer(
@@ -186,5 +193,12 @@ class Relay:
             dimse_timeout_s=self._timeout_s,
         )
 
-    def _wait_s(self, ae_title: str) -> float:
-        return max((one.commitment_wait_s for one in self._settings.sources if one.ae_title == ae_title), default=0.0)
+    def _source_of(self, relay: worklist.DueRelay) -> Source | None:
+        return next(
+            (
+                one
+                for one in self._settings.sources
+                if one.commitment == "proxy" and one.ae_title == relay.source and one.is_at(relay.address)
+            ),
+            None,
+        )

@@ -169,6 +169,11 @@ class Source(_Section):
     every archive says that it does not have it, else 0110), keeps its copy and may ask again. Longer where the archive
     gets the objects later than we do, or reports late."""
 
+    def is_at(self, address: str) -> bool:
+        """Say whether it may call from an IP address."""
+        at = ip_address(address)
+        return not self.hosts or any(at in ip_network(host, strict=False) for host in self.hosts)
+
 
 class Destination(_Section):
     """An archive that gets our results."""

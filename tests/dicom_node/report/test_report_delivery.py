@@ -20,10 +20,12 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 from pynetdicom import AE, evt
+from structlog.testing import capture_logs
 
-from dicom_node import worklist
+from dicom_node import delivery, worklist
 from dicom_node.chain import ChainError, next_object
 from dicom_node.delivery import Sender
+from dicom_node.errors import RemnantError
 from dicom_node.report import render
 from dicom_node.settings import Settings
 from dicom_node.spool import open_spool, put_result
@@ -371,5 +373,28 @@ def test_a_sender_that_is_stopped_ends_with_the_object_on_the_wire_and_its_succe
     told = [delivery["state"] for delivery in worklist.details(one.engine, one.scan_id)["deliveries"]]
     assert sorted(told) == ["acknowledged", "pending"]
     assert worklist.release_deliveries(one.engine, "sender") == 0, "what was not sent is held by nobody"
+    assert one.deliver()["state"] == "delivered"
+    assert len(archive.objects) == 2
+
+
+def test_a_sender_with_an_error_of_ours_in_one_thread_ends_as_a_whole_and_its_successor_delivers(
+    scan, choosy, monkeypatch
+):
+    """A thread that is gone would leave its archive without results until somebody starts the node again."""
+    archive = choosy(*REPORTS, SecondaryCaptureImageStorage)
+    one = scan(pacs=archive)
+
+    def broken(*_, **__):
+        raise KeyError("a name that must not be told")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(delivery, "send", broken)
+        with (
+            capture_logs() as lines,
+            pytest.raises(RemnantError, match="A part of the sender ended by an error") as raised,
+        ):
+            Sender(one.settings, one.engine, one.spool, owner="sender").run(threading.Event())
+    assert "must not be told" not in str(raised.value)
+    assert ("sending_failed", "to-pacs") in [(line["event"], line.get("thread")) for line in lines]
     assert one.deliver()["state"] == "delivered"
     assert len(archive.objects) == 2
