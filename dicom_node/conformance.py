@@ -241,6 +241,10 @@ def _storage_scu(settings: Settings) -> list[str]:
             "therefore see the identical object twice, and never a second result of one analysis.",
         ),
         *_text(
+            "0111 counts as delivered where `query = true` and a C-FIND (Study Root, IMAGE level, by study, series and",
+            "SOP instance) finds the object, or where Storage Commitment confirms it (section 2.6).",
+        ),
+        *_text(
             f"Sent again after {delivery.first_retry_s:g} s, then twice as long each time (+-20 %), at most",
             f"{delivery.max_retry_s:g} s; after {delivery.give_up_after_days:g} days the delivery is given up and the",
             "row asks for a person.",

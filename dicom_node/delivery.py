@@ -16,6 +16,7 @@ from contextlib import closing
 from functools import partial
 from typing import Literal
 
+from pydicom import Dataset
 from pydicom.uid import UID, ImplicitVRLittleEndian
 from sqlalchemy import Engine
 
@@ -25,7 +26,18 @@ from dicom_node.chain import ChainError, next_object
 from dicom_node.contexts import STUDY_ROOT_FIND
 from dicom_node.errors import RemnantError, SettingsError, StorageError
 from dicom_node.relay import Relay
-from dicom_node.sender import Outcome, Parcel, Peer, encoded_query, find_studies, request_commitment, send
+from dicom_node.sender import (
+    Outcome,
+    Parcel,
+    Peer,
+    encoded_query,
+    find_object,
+    find_studies,
+    object_query,
+    request_commitment,
+    send,
+    study_query,
+)
 from dicom_node.settings import Destination, Settings
 from dicom_node.spool import Spool
 from dicom_node.tls import encryption_to
@@ -179,6 +191,8 @@ class Sender:
                 instead: Outcome | None = outcome
                 if outcome.kind == "rejected_context" and delivery.kind == "sr":
                     instead = self._fall_back(destination, delivery, outcome)
+                elif outcome.status == worklist.DUPLICATE and destination.query and not destination.storage_commitment:
+                    instead = self._looked_for(destination, peer, delivery, outcome)
                 if instead is not None:
                     self._record(destination, delivery, instead, started)
                 if stop.is_set():
@@ -205,9 +219,7 @@ class Sender:
         )
         for study, answer in answers.items():
             failure = answer if isinstance(answer, Outcome) else None
-            if failure is None or failure.status is not None:  # it was asked
-                query = Query(STUDY_ROOT_FIND, ImplicitVRLittleEndian, encoded_query(study))
-                self._recorder.queried(destination, query, failure.text if failure else "")
+            self._record_query(destination, study_query(study), failure)
         may_go = []
         for delivery in due:
             if delivery.kind == "kos":
@@ -346,6 +358,31 @@ class Sender:
             outcome=outcome.text,
             asked_again_in_s=round(delay_s, 1),
         )
+
+    def _record_query(self, destination: Destination, query: Dataset, failure: Outcome | None) -> None:
+        if failure is None or failure.status is not None:  # it was asked
+            said = Query(STUDY_ROOT_FIND, ImplicitVRLittleEndian, encoded_query(query))
+            self._recorder.queried(destination, said, failure.text if failure else "")
+
+    def _looked_for(
+        self, destination: Destination, peer: Peer, delivery: worklist.DueDelivery, outcome: Outcome
+    ) -> Outcome:
+        """Return what became of an object that the archive says it has already (0111): there, if it finds it."""
+        timeout_s = self._settings.delivery.timeout_s
+        uids = delivery.whose.study_instance_uid, delivery.series_instance_uid, delivery.sop_instance_uid
+        found = find_object(
+            peer,
+            *uids,
+            calling_ae_title=self._settings.node.ae_title,
+            connect_timeout_s=timeout_s,
+            acse_timeout_s=timeout_s,
+            dimse_timeout_s=timeout_s,
+        )
+        self._record_query(destination, object_query(*uids), found if isinstance(found, Outcome) else None)
+        if found is True:
+            return Outcome("acknowledged", outcome.status, "the archive had it already, and finds it")
+        why = found.text if isinstance(found, Outcome) else "it does not find it"
+        return Outcome("later", outcome.status, f"the archive says it has this object already, but {why}", alarm=True)
 
     def _fall_back(self, destination: Destination, delivery: worklist.DueDelivery, outcome: Outcome) -> Outcome | None:
         """Let the next object go in the place of a report whose class is not taken; None where one does, else what

@@ -296,6 +296,31 @@ def find_studies(
         line.close()
 
 
+def find_object(
+    peer: Peer,
+    study_instance_uid: str,
+    series_instance_uid: str,
+    sop_instance_uid: str,
+    *,
+    calling_ae_title: str,
+    connect_timeout_s: float,
+    acse_timeout_s: float,
+    dimse_timeout_s: float,
+) -> bool | Outcome:
+    """Ask an archive whether it has an object (C-FIND, Study Root, IMAGE level; PS3.4 C.4.1); the outcome ("later")
+    that says why that could not be found out. What the network or the peer does never raises."""
+    line = _Line(
+        peer,
+        [build_context(contexts.STUDY_ROOT_FIND, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
+        calling_ae_title=calling_ae_title,
+        timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
+    )
+    try:
+        return line.has(study_instance_uid, series_instance_uid, sop_instance_uid)
+    finally:
+        line.close()
+
+
 def request_commitment(
     peer: Peer,
     information: Dataset,
@@ -521,6 +546,25 @@ class _Line:
 
     def find(self, study_instance_uid: str) -> tuple[Identity, ...] | Outcome:
         """Ask whose one study is, if the association stands."""
+        # An archive that does not match by the study's UID may answer with other studies.
+        found = self._query(
+            study_query(study_instance_uid),
+            "our query for the study",
+            lambda identifier: _text(identifier, "StudyInstanceUID") == study_instance_uid,
+        )
+        return found if isinstance(found, Outcome) else tuple(dict.fromkeys(_identity(one) for one in found))
+
+    def has(self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> bool | Outcome:
+        """Ask whether the archive finds one object, if the association stands."""
+        found = self._query(
+            object_query(study_instance_uid, series_instance_uid, sop_instance_uid),
+            "our query for the object",
+            lambda identifier: _text(identifier, "SOPInstanceUID") == sop_instance_uid,
+        )
+        return found if isinstance(found, Outcome) else bool(found)
+
+    def _query(self, query: Dataset, what: str, fits: Callable[[Dataset], bool]) -> list[Dataset] | Outcome:
+        """Send a C-FIND, if the association stands; return the answers that fit. `what`: what it is, in a text."""
         if self.fault is not None:
             if self.fault.kind == "rejected_context":
                 return Outcome(
@@ -531,35 +575,33 @@ class _Line:
         if assoc is None or not assoc.is_established:
             return self._ended("the archive ended the association")
         limit_s = assoc.dimse_timeout = self._timeouts.dimse_s
-        found: list[Identity] = []
-        query = _study_query(study_instance_uid)
+        found: list[Dataset] = []
         try:
             with self._at_most(limit_s + _GRACE_S):
                 for response, identifier in assoc.send_c_find(
                     query, contexts.STUDY_ROOT_FIND, msg_id=self._next_message_id()
                 ):
                     if "Status" not in response:
-                        return self._ended("the archive did not answer our query for the study")
+                        return self._ended(f"the archive did not answer {what}")
                     status = int(response.Status)
                     if status not in _PENDING:
                         break
-                    # An archive that does not match by the study's UID may answer with other studies.
-                    if identifier is None or _text(identifier, "StudyInstanceUID") != study_instance_uid:
+                    if identifier is None or not fits(identifier):
                         continue
-                    found.append(_identity(identifier))
-                    if len(found) > _MOST_IDENTITIES:
+                    found.append(identifier)
+                    if len(found) > _MOST_ANSWERS:
                         assoc.abort()
-                        return self._ended("the archive knows the study under more identities than a person can read")
+                        return self._ended(f"the archive has more answers to {what} than a person can read")
                 else:
-                    return self._ended("the archive did not end its answer to our query for the study")
+                    return self._ended(f"the archive did not end its answer to {what}")
         except RuntimeError:  # pynetdicom: it ended between our look and its own
             return self._ended("the archive ended the association")
         except _UNREADABLE as error:
             assoc.abort()
-            return self._ended(f"the archive's answer to our query cannot be read ({type(error).__name__})")
+            return self._ended(f"the archive's answer to {what} cannot be read ({type(error).__name__})")
         if status != 0x0000:
-            return Outcome("later", status, f"the archive could not answer our query for the study ({status:04X})")
-        return tuple(dict.fromkeys(found))
+            return Outcome("later", status, f"the archive could not answer {what} ({status:04X})")
+        return found
 
     def close(self) -> None:
         """End the association, if it stands, and the connection."""
@@ -727,10 +769,10 @@ class _Encrypting:
 
 
 _PENDING = (0xFF00, 0xFF01)  # PS3.4 table C.4-1
-_MOST_IDENTITIES = 16
+_MOST_ANSWERS = 16
 
 
-def _study_query(study_instance_uid: str) -> Dataset:
+def study_query(study_instance_uid: str) -> Dataset:
     """Return the identifier of a query for one study; in UTF-8, because an archive may answer in the query's set."""
     query = Dataset()
     query.SpecificCharacterSet = "ISO_IR 192"
@@ -741,9 +783,19 @@ def _study_query(study_instance_uid: str) -> Dataset:
     return query
 
 
-def encoded_query(study_instance_uid: str) -> bytes:
-    """Return the identifier of `find_studies` for one study, in Implicit VR Little Endian, for whoever keeps record."""
-    return encode(_study_query(study_instance_uid), is_implicit_vr=True, is_little_endian=True) or b""
+def object_query(study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> Dataset:
+    """Return the identifier of a query for one object, by its unique keys (PS3.4 C.6.2.1)."""
+    query = Dataset()
+    query.QueryRetrieveLevel = "IMAGE"
+    query.StudyInstanceUID = study_instance_uid
+    query.SeriesInstanceUID = series_instance_uid
+    query.SOPInstanceUID = sop_instance_uid
+    return query
+
+
+def encoded_query(query: Dataset) -> bytes:
+    """Return the identifier of a query in Implicit VR Little Endian, for whoever keeps record."""
+    return encode(query, is_implicit_vr=True, is_little_endian=True) or b""
 
 
 _ASKED = ("PatientID", "IssuerOfPatientID", "PatientName", "AccessionNumber", "PatientBirthDate", "PatientSex")

@@ -35,6 +35,7 @@ class DueDelivery:
     kind: str
     sop_class_uid: str
     sop_instance_uid: str
+    series_instance_uid: str
     file_name: str
     sha256: str
     attempts: int
@@ -139,6 +140,7 @@ def due_deliveries(
                 result.c.kind,
                 result.c.sop_class_uid,
                 result.c.sop_instance_uid,
+                result.c.series_instance_uid,
                 result.c.file_name,
                 result.c.sha256,
                 delivery.c.attempts,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydicom import Dataset
 
-from dicom_node.sender import Outcome, Parcel, Peer, find_studies, send
+from dicom_node.sender import Outcome, Parcel, Peer, find_object, find_studies, send
 from dicom_node.whose import Identity, differences
 from pipeline.camera import examination, expose
 from pipeline.phantom import phantom
@@ -98,3 +98,17 @@ def test_an_archive_that_takes_no_queries_is_asked_again_later_with_an_alarm(
     assert isinstance(answer, Outcome)
     assert (answer.kind, answer.alarm) == ("later", True)
     assert "queries" in answer.text
+
+
+def test_an_archive_finds_the_object_it_has_and_no_other(archive: Any, orthanc: Any, tmp_path: Path) -> None:
+    (ds,) = expose(phantom(4200, residual=False), examination(4200), "two_frames")
+    peer = Peer("pacs", archive.ae_title, archive.host, archive.dicom_port)
+    _store(ds, peer, tmp_path)
+    study, series, uid = str(ds.StudyInstanceUID), str(ds.SeriesInstanceUID), str(ds.SOPInstanceUID)
+    assert find_object(peer, study, series, uid, **NETWORK) is True
+    assert find_object(peer, study, series, "2.25.4711", **NETWORK) is False
+    assert find_object(peer, "2.25.4711", series, uid, **NETWORK) is False, "it has it in another study"
+    silent = Peer("pacs", orthanc.ae_title, orthanc.host, orthanc.dicom_port)
+    answer = find_object(silent, study, series, uid, **NETWORK)
+    assert isinstance(answer, Outcome)
+    assert answer.kind == "later"

@@ -20,6 +20,7 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 from pynetdicom import AE, evt
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 from structlog.testing import capture_logs
 
 from dicom_node import delivery, worklist
@@ -34,16 +35,24 @@ REPORTS = (Comprehensive3DSRStorage, ComprehensiveSRStorage, EnhancedSRStorage, 
 
 
 class Choosy:
-    """An archive that takes the classes it is told to, and answers 0122 for those it claims to take and does not."""
+    """An archive that takes the classes it is told to, and answers 0122 for those it claims to take and does not.
 
-    def __init__(self, takes, answers_0122=()):
+    `answers_0111`: it says that it has everything already; `finds`: whether it finds that (None: it takes no queries).
+    """
+
+    def __init__(self, takes, answers_0122=(), *, answers_0111=False, finds=None):
         self.objects = []
         self.on_object = lambda: None
+        self.query = finds is not None
+        self._answers_0111, self._finds = answers_0111, finds
         self._refused = answers_0122
         ae = AE(ae_title="CHOOSY")
         for uid in (*takes, *answers_0122, "1.2.840.10008.1.1"):
             ae.add_supported_context(uid)
-        self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)])
+        if self.query:
+            ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+        handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_C_FIND, self._find)]
+        self._server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
         self.port = self._server.server_address[1]
 
     @property
@@ -57,7 +66,12 @@ class Choosy:
         ds.file_meta = event.file_meta
         self.objects.append(ds)
         self.on_object()
-        return 0x0000
+        return 0x0111 if self._answers_0111 else 0x0000
+
+    def _find(self, event):
+        query = event.identifier
+        if query.QueryRetrieveLevel == "IMAGE" and self._finds:
+            yield 0xFF00, query
 
     def stop(self):
         self._server.shutdown()
@@ -67,8 +81,8 @@ class Choosy:
 def choosy() -> Iterator[Callable[..., Choosy]]:
     made = []
 
-    def make(*takes, answers_0122=()):
-        made.append(Choosy(takes, answers_0122))
+    def make(*takes, **how):
+        made.append(Choosy(takes, **how))
         return made[-1]
 
     yield make
@@ -94,6 +108,7 @@ class Scan:
                         "host": "127.0.0.1",
                         "port": archive.port,
                         "results": results.get(name, ["sr", "sc"]),
+                        "query": archive.query,
                         "test": True,
                     }
                     for name, archive in archives.items()
@@ -375,6 +390,29 @@ def test_a_sender_that_is_stopped_ends_with_the_object_on_the_wire_and_its_succe
     assert worklist.release_deliveries(one.engine, "sender") == 0, "what was not sent is held by nobody"
     assert one.deliver()["state"] == "delivered"
     assert len(archive.objects) == 2
+
+
+def test_what_an_archive_says_it_has_already_is_delivered_when_it_finds_it(scan, choosy):
+    archive = choosy(*REPORTS, SecondaryCaptureImageStorage, answers_0111=True, finds=True)
+    row = scan(pacs=archive).deliver()
+    assert (row["state"], row["delivered_to"], row["last_error"]) == ("delivered", {"pacs": "acknowledged"}, None)
+    assert len(archive.objects) == 2
+
+
+@pytest.mark.parametrize("finds", [False, None], ids=["finds nothing", "is not asked"])
+def test_what_an_archive_says_it_has_and_does_not_find_stays_due_and_says_why(scan, choosy, finds):
+    archive = choosy(*REPORTS, SecondaryCaptureImageStorage, answers_0111=True, finds=finds)
+    one = scan(pacs=archive)
+    pause = threading.Event()
+    with one.sender():
+        for _ in range(600):
+            if len(archive.objects) > 2:
+                break
+            pause.wait(0.05)
+    assert len(archive.objects) > 2, "it is sent again"
+    assert one.row["state"] == "sending"
+    why = "but it does not find it" if finds is False else "nothing confirms that yet"
+    assert why in one.row["last_error"]
 
 
 def test_a_sender_with_an_error_of_ours_in_one_thread_ends_as_a_whole_and_its_successor_delivers(
