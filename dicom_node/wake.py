@@ -36,4 +36,7 @@ class Bell:
         return bool(ready)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Give the descriptor back; once more does nothing, since whoever stops us may do so twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
