@@ -284,16 +284,9 @@ def find_studies(
     A study is answered by every identity under which the archive knows it, none where it does not know it, or by the
     outcome ("later") that says why that could not be found out. What the network or the peer does never raises.
     """
-    line = _Line(
-        peer,
-        [build_context(contexts.STUDY_ROOT_FIND, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
-        calling_ae_title=calling_ae_title,
-        timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
-    )
-    try:
+    timeouts = _Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s)
+    with _line_to(peer, contexts.STUDY_ROOT_FIND, calling_ae_title, timeouts) as line:
         return {uid: line.find(uid) for uid in dict.fromkeys(study_instance_uids)}
-    finally:
-        line.close()
 
 
 def find_object(
@@ -309,16 +302,9 @@ def find_object(
 ) -> bool | Outcome:
     """Ask an archive whether it has an object (C-FIND, Study Root, IMAGE level; PS3.4 C.4.1); the outcome ("later")
     that says why that could not be found out. What the network or the peer does never raises."""
-    line = _Line(
-        peer,
-        [build_context(contexts.STUDY_ROOT_FIND, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
-        calling_ae_title=calling_ae_title,
-        timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
-    )
-    try:
+    timeouts = _Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s)
+    with _line_to(peer, contexts.STUDY_ROOT_FIND, calling_ae_title, timeouts) as line:
         return line.has(study_instance_uid, series_instance_uid, sop_instance_uid)
-    finally:
-        line.close()
 
 
 def request_commitment(
@@ -338,17 +324,9 @@ def request_commitment(
     heed: takes the report (Event Information, Event Type ID) where it comes on this very association, within
     report_wait_s of the answer, and returns the status for it. What the network or the peer does never raises.
     """
-    line = _Line(
-        peer,
-        [build_context(contexts.STORAGE_COMMITMENT, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
-        calling_ae_title=calling_ae_title,
-        timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
-        heed=heed,
-    )
-    try:
+    timeouts = _Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s)
+    with _line_to(peer, contexts.STORAGE_COMMITMENT, calling_ae_title, timeouts, heed=heed) as line:
         return line.request_commitment(information, report_wait_s)
-    finally:
-        line.close()
 
 
 def report_commitment(
@@ -365,17 +343,9 @@ def report_commitment(
     association of our own: "acknowledged" means that it has taken the report, "later" why it has not. What the network
     or the peer does never raises.
     """
-    line = _Line(
-        peer,
-        [build_context(contexts.STORAGE_COMMITMENT, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])],
-        calling_ae_title=calling_ae_title,
-        timeouts=_Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s),
-        provides=True,
-    )
-    try:
+    timeouts = _Timeouts(connect_timeout_s, acse_timeout_s, dimse_timeout_s)
+    with _line_to(peer, contexts.STORAGE_COMMITMENT, calling_ae_title, timeouts, provides=True) as line:
         return line.report_commitment(information, event_type_id)
-    finally:
-        line.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +353,25 @@ class _Timeouts:
     connect_s: float
     acse_s: float
     dimse_s: float
+
+
+@contextmanager
+def _line_to(
+    peer: Peer,
+    sop_class_uid: str,
+    calling_ae_title: str,
+    timeouts: _Timeouts,
+    *,
+    heed: Callable[[Dataset, int], int] | None = None,
+    provides: bool = False,
+) -> Iterator["_Line"]:
+    """An association for one class, closed behind whatever is asked on it."""
+    proposed = [build_context(sop_class_uid, [syntax.uid for syntax in contexts.DEFAULT_SYNTAXES])]
+    line = _Line(peer, proposed, calling_ae_title=calling_ae_title, timeouts=timeouts, heed=heed, provides=provides)
+    try:
+        yield line
+    finally:
+        line.close()
 
 
 @dataclass(frozen=True, slots=True)

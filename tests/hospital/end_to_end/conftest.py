@@ -21,6 +21,8 @@ import pytest
 from pydicom import Dataset
 from pynetdicom.dsutils import encode
 
+from tests.hospital.end_to_end.committing import Archive
+
 START_S = 120.0
 WAIT_S = 180.0  # far above what a quiet machine needs: a slow one is not a fault of the node
 REST = ("delivered", "declined", "failed")
@@ -187,6 +189,22 @@ def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
         node.stop()
         log = node.directory / "node.log"
         assert not log.exists() or not _NAMES_SOMEBODY.search(log.read_text(encoding="utf-8", errors="replace"))
+
+
+@pytest.fixture
+def make_archive() -> Iterator[Callable[..., Archive]]:
+    """Make an archive that does Storage Commitment as it is told."""
+    made: list[Archive] = []
+
+    def make(reports: str = "new", ae_title: str = "KEEPER") -> Archive:
+        archive = Archive(reports=reports, ae_title=ae_title)
+        archive.start()
+        made.append(archive)
+        return archive
+
+    yield make
+    for archive in made:
+        archive.stop()
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from pynetdicom import AE, build_role, evt
 from pynetdicom.sop_class import NuclearMedicineImageStorage, StorageCommitmentPushModel
 
 from dicom_node.contexts import STORAGE_COMMITMENT_INSTANCE
-from tests.hospital.end_to_end.test_storage_commitment import Archive, _scan
+from pipeline.camera import examination, expose
+from pipeline.phantom import phantom
+from tests.hospital.end_to_end.committing import Archive
 
 PROXY = 'commitment = "proxy"\ncommitment_wait_s = {wait}\nport = {port}\n'
 
@@ -111,21 +113,6 @@ def asker() -> Iterator[Camera]:
     camera.stop()
 
 
-@pytest.fixture
-def make_archive() -> Iterator[Callable[..., Archive]]:
-    made: list[Archive] = []
-
-    def make(reports: str = "new", ae_title: str = "KEEPER") -> Archive:
-        archive = Archive(reports=reports, ae_title=ae_title)
-        archive.start()
-        made.append(archive)
-        return archive
-
-    yield make
-    for archive in made:
-        archive.stop()
-
-
 def _node(make_node: Callable[..., Any], asker: Camera, *archives: Any, wait: float = 5) -> Any:
     node = make_node(*archives, source=PROXY.format(wait=wait, port=asker.port)).start()
     for archive in archives:
@@ -148,7 +135,7 @@ def test_a_camera_hears_committed_only_of_what_orthanc_has_and_which_archive_kee
     orthanc.storage_commitment = True
     node = make_node(orthanc, source=PROXY.format(wait=5, port=asker.port)).start()
     orthanc.know("REMNANT", node.port)
-    (ds,) = _scan(5200)
+    (ds,) = expose(phantom(5200), examination(5200), "two_frames")
     camera(orthanc.dicom_port, [ds], called="KEEPER")
     nowhere = generate_uid()
     transaction, status = asker.ask(node.port, [str(ds.SOPInstanceUID), nowhere])
@@ -171,7 +158,7 @@ def test_what_only_we_have_is_never_committed(
 ) -> None:
     archive = make_archive()
     node = _node(make_node, asker, archive, wait=1)
-    (ds,) = _scan(5201)
+    (ds,) = expose(phantom(5201), examination(5201), "two_frames")
     camera(node.port, [ds])
     node.wait_for_rows(1, ("delivered",))
     uid = str(ds.SOPInstanceUID)
