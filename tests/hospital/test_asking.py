@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydicom import Dataset
 
+from dicom_node import sender
 from dicom_node.sender import Outcome, Parcel, Peer, find_object, find_studies, send
 from dicom_node.whose import Identity, differences
 from pipeline.camera import examination, expose
@@ -112,3 +113,20 @@ def test_an_archive_finds_the_object_it_has_and_no_other(archive: Any, orthanc: 
     answer = find_object(silent, study, series, uid, **NETWORK)
     assert isinstance(answer, Outcome)
     assert answer.kind == "later"
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_again_later(
+    archive: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ds,) = expose(phantom(4300, residual=False), examination(4300), "two_frames")
+    peer = Peer("pacs", archive.ae_title, archive.host, archive.dicom_port)
+    _store(ds, peer, tmp_path)
+
+    def damaged(_: Dataset) -> Identity:
+        raise ValueError("as pydicom does where a value of the answer cannot be decoded")
+
+    monkeypatch.setattr(sender, "_identity", damaged)
+    answer = find_studies(peer, [str(ds.StudyInstanceUID)], **NETWORK)[str(ds.StudyInstanceUID)]
+    assert isinstance(answer, Outcome)
+    assert answer.kind == "later"
+    assert answer.text.endswith("cannot be read (ValueError)")

@@ -55,6 +55,8 @@ class Camera:
 
     def _report(self, event: evt.Event) -> tuple[int, None]:
         ds = event.event_information
+        # PS3.4 table J.3-2: each of the two only where there is something in it.
+        assert all(len(ds[name].value) for name in ("ReferencedSOPSequence", "FailedSOPSequence") if name in ds)
         with self._lock:
             self.reports.append(
                 Report(
