@@ -88,15 +88,17 @@ def answer(relay: worklist.DueRelay) -> tuple[Dataset, int]:
     """
     ds = Dataset()
     ds.TransactionUID = UID(relay.transaction_uid)
-    ds.ReferencedSOPSequence, failed = [], []
+    kept, failed = [], []
     for one in relay.objects:
         item = _reference(one.sop_class_uid, one.sop_instance_uid)
         if one.kept_by:
             item.RetrieveAETitle = one.kept_by
-            ds.ReferencedSOPSequence.append(item)
+            kept.append(item)
         else:
             item.FailureReason = NO_SUCH_INSTANCE if one.nowhere else PROCESSING_FAILURE
             failed.append(item)
+    if kept:
+        ds.ReferencedSOPSequence = kept
     if failed:
         ds.FailedSOPSequence = failed
     return ds, _SOME_FAILED if failed else _ALL_COMMITTED

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 from pydicom import dcmread
 from pydicom.dataset import Dataset
@@ -43,6 +43,8 @@ _config.STORE_SEND_CHUNKED_DATASET = True
 # What a query asks and what it is answered names patients, and pynetdicom would log both.
 _config.LOG_REQUEST_IDENTIFIERS = False
 _config.LOG_RESPONSE_IDENTIFIERS = False
+
+_T = TypeVar("_T")
 
 Kind = Literal["acknowledged", "refused", "later", "rejected_context"]
 
@@ -539,21 +541,24 @@ class _Line:
         found = self._query(
             study_query(study_instance_uid),
             "our query for the study",
-            lambda identifier: _text(identifier, "StudyInstanceUID") == study_instance_uid,
+            lambda one: _identity(one) if _text(one, "StudyInstanceUID") == study_instance_uid else None,
         )
-        return found if isinstance(found, Outcome) else tuple(dict.fromkeys(_identity(one) for one in found))
+        return found if isinstance(found, Outcome) else tuple(dict.fromkeys(found))
 
     def has(self, study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str) -> bool | Outcome:
         """Ask whether the archive finds one object, if the association stands."""
         found = self._query(
             object_query(study_instance_uid, series_instance_uid, sop_instance_uid),
             "our query for the object",
-            lambda identifier: _text(identifier, "SOPInstanceUID") == sop_instance_uid,
+            lambda one: _text(one, "SOPInstanceUID") == sop_instance_uid or None,
         )
         return found if isinstance(found, Outcome) else bool(found)
 
-    def _query(self, query: Dataset, what: str, fits: Callable[[Dataset], bool]) -> list[Dataset] | Outcome:
-        """Send a C-FIND, if the association stands; return the answers that fit. `what`: what it is, in a text."""
+    def _query(self, query: Dataset, what: str, take: Callable[[Dataset], _T | None]) -> list[_T] | Outcome:
+        """Send a C-FIND, if the association stands; return what `take` reads in the answers that fit, None in others.
+
+        `what`: what it is, in a text.
+        """
         if self.fault is not None:
             if self.fault.kind == "rejected_context":
                 return Outcome(
@@ -564,7 +569,7 @@ class _Line:
         if assoc is None or not assoc.is_established:
             return self._ended("the archive ended the association")
         limit_s = assoc.dimse_timeout = self._timeouts.dimse_s
-        found: list[Dataset] = []
+        found: list[_T] = []
         try:
             with self._at_most(limit_s + _GRACE_S):
                 for response, identifier in assoc.send_c_find(
@@ -575,9 +580,10 @@ class _Line:
                     status = int(response.Status)
                     if status not in _PENDING:
                         break
-                    if identifier is None or not fits(identifier):
+                    read = None if identifier is None else take(identifier)
+                    if read is None:
                         continue
-                    found.append(identifier)
+                    found.append(read)
                     if len(found) > _MOST_ANSWERS:
                         assoc.abort()
                         return self._ended(f"the archive has more answers to {what} than a person can read")
