@@ -51,6 +51,8 @@ class TrainingSettings:
     flip, shift: augmentation: mirror left-right with chance one half; move by up to `shift` pixels.
     view_dropout: chance that a picture whose channels are anterior, posterior, and share of views loses one view, so
         that the network can be asked about a single one.
+    haze, brightness: another camera, for such pictures of roots of counts: up to this share of the counts is spread
+        widely, as scatter and septal penetration do; and the counts are multiplied by up to this factor or its inverse.
     scale, mean, std: each channel is (value / scale - mean) / std.
     bfloat16: whether the passes run in it. It depends on the machine whether that pays: on one CPU it took 0.4 of the
         time of float32, on another 1.4 times as long.
@@ -68,6 +70,8 @@ class TrainingSettings:
     flip: bool = True
     shift: int = 8
     view_dropout: float = 0.0
+    haze: float = 0.0
+    brightness: float = 1.0
     bfloat16: bool = False
     scale: float = 255.0
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -153,7 +157,7 @@ def _unchanging_features(network: nn.Module, images: Images, settings: TrainingS
 
     Only a backbone that learns nothing, shown pictures that nothing augments, need not be asked again.
     """
-    augmented = settings.flip or settings.shift or settings.view_dropout
+    augmented = settings.flip or settings.shift or settings.view_dropout or _changes_camera(settings)
     if settings.frozen == "none" or augmented or any(edge < images.shape[-1] for _, edge in settings.stages):
         return None
     device = next(network.parameters()).device
@@ -207,8 +211,12 @@ def _check(images: Images, labels: NDArray[np.uint8], settings: TrainingSettings
             f"schedule {settings.schedule!r} and frozen {settings.frozen!r}: known are {', '.join(SCHEDULES)} and "
             f"{', '.join(FROZEN)}"
         )
-    if settings.view_dropout and images.shape[1] != 3:
-        raise TrainingError("view_dropout needs pictures whose three channels are two views and their share")
+    if (settings.view_dropout or _changes_camera(settings)) and images.shape[1] != 3:
+        raise TrainingError(
+            "view_dropout, haze and brightness need pictures whose three channels are two views and their share"
+        )
+    if not 0 <= settings.haze < 1 or settings.brightness < 1:
+        raise TrainingError("haze is a share below 1, brightness a factor of 1 or more")
     if labels.shape != (len(images),) or not np.isin(labels, (0, 1)).all():
         raise TrainingError("labels must be 0 or 1, one for each image")
     if labels.min(initial=1) == labels.max(initial=0):
@@ -247,7 +255,8 @@ def _epoch(
             group["lr"] = settings.learning_rate * share
         chosen = order[start : start + size]
         if known is None:
-            batch = standardized(_dropped(images[chosen], settings, generator), settings)
+            planes = _dropped(images[chosen], settings, generator)
+            batch = standardized(_before_another_camera(planes, settings, generator), settings)
             batch = _augmented(batch, settings, generator)
             if edge < batch.shape[-1]:
                 batch = functional.interpolate(batch, size=(edge, edge), mode="area")
@@ -286,6 +295,39 @@ def _dropped(planes: Images, settings: TrainingSettings, generator: torch.Genera
         chosen = (drawn >= view * settings.view_dropout / 2) & (drawn < (view + 1) * settings.view_dropout / 2)
         result[chosen] = single_view(planes[chosen], view)
     return result
+
+
+def _changes_camera(settings: TrainingSettings) -> bool:
+    return settings.haze > 0 or settings.brightness > 1
+
+
+def _before_another_camera(planes: Images, settings: TrainingSettings, generator: torch.Generator) -> Images:
+    """The views (N, 3, H, W) as a camera with more scatter, broader tails or another sensitivity would show them.
+
+    Each picture gets a share of haze of its own, drawn evenly from none to `haze`, and one of two widths. The counts
+    stay where the field was; noise is not drawn anew, so a hazed picture is a little smoother than a real one.
+    """
+    if not _changes_camera(settings):
+        return planes
+    count = len(planes)
+    share = torch.rand(count, generator=generator) * settings.haze
+    broad = torch.rand(count, generator=generator) < 0.5
+    factor = settings.brightness ** (2 * torch.rand(count, generator=generator) - 1)
+    counts = torch.from_numpy(planes[:, :2].astype(np.float32)) ** 2
+    spread = torch.where(broad[:, None, None, None], _spread_out(counts, 16), _spread_out(counts, 8))
+    share, factor = share[:, None, None, None], factor[:, None, None, None]
+    seen = torch.from_numpy(planes[:, 2:].astype(np.float32) > 0)
+    changed = planes.copy()
+    changed[:, :2] = (torch.sqrt(factor * ((1 - share) * counts + share * spread)) * seen).numpy()
+    return changed
+
+
+def _spread_out(counts: torch.Tensor, cell: int) -> torch.Tensor:
+    """(N, C, H, W) under a broad bell of about 1.3 cells (sigma): cells are averaged, smoothed and enlarged."""
+    coarse = functional.avg_pool2d(counts, cell, ceil_mode=True, count_include_pad=False)
+    for _ in range(2):
+        coarse = functional.avg_pool2d(coarse, 3, stride=1, padding=1, count_include_pad=False)
+    return functional.interpolate(coarse, size=counts.shape[2:], mode="bilinear", align_corners=False)
 
 
 def _augmented(batch: torch.Tensor, settings: TrainingSettings, generator: torch.Generator) -> torch.Tensor:

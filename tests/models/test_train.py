@@ -48,6 +48,49 @@ def test_a_network_learns_to_tell_discs_from_noise(discs: tuple[np.ndarray, np.n
     assert metrics.roc_auc(labels, logits(network, images, settings)) > 0.95
 
 
+def _roots(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of two views and their share (N, 3, 64, 64): roots of counts, where the field ends 8 pixels below."""
+    counts = np.random.default_rng(9).poisson(4.0, (count, 2, 64, 64)).astype(np.float32)
+    counts[:, :, 32, 32] = 400
+    counts[:, :, 56:] = 0
+    seen = np.ones((count, 1, 64, 64), np.float32)
+    seen[:, :, 56:] = 0
+    return np.concatenate([np.sqrt(counts), seen], axis=1), counts
+
+
+def test_another_cameras_haze_spreads_counts_and_neither_makes_nor_loses_many() -> None:
+    planes, counts = _roots(40)
+    settings = TrainingSettings(scale=1.0, haze=0.4)
+    changed = train_module._before_another_camera(planes, settings, torch.Generator().manual_seed(5))
+    found = changed[:, :2] ** 2
+    assert np.array_equal(changed[:, 2], planes[:, 2])
+    assert not found[:, :, 56:].any(), "counts beyond the field"
+    kept = found.sum(axis=(2, 3)) / counts.sum(axis=(2, 3))
+    assert (kept > 0.9).all()
+    assert (kept < 1.01).all()
+    focus = found[:, :, 32, 32] / 400
+    assert focus.min() < 0.7 < 0.9 < focus.max(), "each picture has a share of its own"
+    assert (focus > 0.59).all()
+
+
+def test_brightness_multiplies_the_counts_of_both_views_alike() -> None:
+    planes, counts = _roots(40)
+    settings = TrainingSettings(scale=1.0, brightness=1.5)
+    changed = train_module._before_another_camera(planes, settings, torch.Generator().manual_seed(5))
+    factors = (changed[:, :2] ** 2).sum(axis=(2, 3)) / counts.sum(axis=(2, 3))
+    assert np.allclose(factors[:, 0], factors[:, 1], rtol=1e-4)
+    assert factors.min() < 0.8 < 1.25 < factors.max()
+    assert (factors > 0.66).all()
+    assert (factors < 1.51).all()
+
+
+@pytest.mark.parametrize("wrong", [{"haze": 1.0}, {"haze": -0.1}, {"brightness": 0.5}])
+def test_haze_and_brightness_that_no_camera_has_are_refused(wrong: dict[str, float]) -> None:
+    planes, _ = _roots(4)
+    with pytest.raises(TrainingError, match="haze"):
+        train(planes, np.array([0, 1, 0, 1], np.uint8), TrainingSettings(scale=1.0, **wrong))
+
+
 class _InterruptionError(Exception):
     pass
 
