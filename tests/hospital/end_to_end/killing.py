@@ -2,8 +2,8 @@
 
 A point is said in patterns that calls of one thread fit one after the other; the kill comes before the call that fits
 the last. strace itself only counts calls by their name, each thread for itself. So the work is done once before and the
-process lives: that says which call it is. Where something else made a call meanwhile (a heartbeat, a checkpoint of the
-database) the count is wrong; what the process did last tells, and the kill is done again elsewhere.
+process lives: that says which call it is. Where a heartbeat of the worker or a checkpoint of the database came in
+between, the count is wrong; what the process did last tells, and it is tried again with another scan.
 """
 
 import os
@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 
 import pytest
 
-CALLS = "openat,write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,connect,poll,sendto,sendmsg"
-TRIES = 4
+CALLS = "openat,write,pwrite64,fsync,fdatasync,close,rename,renameat,renameat2,connect,poll,sendto,sendmsg"
+TRIES = 8
 
 Point = tuple[str, ...]
 _T = TypeVar("_T")
@@ -118,27 +118,32 @@ class Killer(Generic[_T]):
         for _ in range(TRIES):
             if not self._calls:
                 self.rehearse()
-            what, hit = self._try(name)
-            print(f"{self.role} killed {name}: {self._calls[name]}" if hit else f"{self.role} not killed {name}")
-            if hit:
+            meant = self._calls[name]
+            what, passed = self._try(name)
+            killed = self.role not in self.node.processes
+            print(f"{self.role}, {name}: {meant}, passed {passed}, {'killed' if killed else 'alive'}")
+            if killed and passed == meant:
                 return what
-            self._calls.clear()
-            if self.role not in self.node.processes:
+            if killed or passed is None:
+                self._calls.clear()
+            else:
+                self._calls[name] = passed
+            if killed:
                 self.node.start(self.role)
             self.settle()
         pytest.fail(f"{name}: {self.role} was never killed just there in {TRIES} tries")
 
-    def _try(self, name: str) -> tuple[_T, bool]:
+    def _try(self, name: str) -> tuple[_T, Call | None]:
+        """Kill it at the call where the point was; return what it was doing, and where the point was this time."""
         point, meant = self.points[name], self._calls[name]
         log = self.logs / re.sub(r"\W+", "-", name)
         with self._watched(log, "-e", f"inject={meant.name}:signal=KILL:when={meant.number}") as watcher:
             what = self.provoke()
             # strace ends behind the process that it watches, and then its log is whole.
             self.wait(lambda: watcher.poll() is not None or call_at(log, point) not in (None, meant), f"killed {name}")
-            killed = watcher.poll() is not None
-        if killed:
-            self.node.processes.pop(self.role).wait()
-        return what, killed and call_at(log, point) == meant
+            if watcher.poll() is not None:
+                self.node.processes.pop(self.role).wait()
+        return what, call_at(log, point)
 
     def _watched(self, log: Path, *options: str) -> Any:
         pid = self.node.pid(self.role)

@@ -118,7 +118,7 @@ WORKING = {
     "before the report's folder is synced": Working(FIRST, "analysing", unowned=1),
     "before the picture is opened": Working((*FIRST, OPENED.format("rendering")), "analysing", unowned=1),
     "before the picture's folder is synced": Working((*FIRST, *FIRST), "analysing", unowned=2),
-    "before results and deliveries are written": Working((*FIRST, *FIRST, WRITTEN), "analysing", unowned=2),
+    "before results and deliveries are written": Working((*FIRST, *FIRST, r"close\("), "analysing", unowned=2),
     "before results and deliveries are synced": Working((*FIRST, *FIRST, SYNCED), "analysing", unowned=2),
     "before the sender's bell is rung": Working((r"write\(\d+<[^>]*sender\.bell",), "sending"),
 }
