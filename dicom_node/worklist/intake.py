@@ -822,18 +822,22 @@ def _clean(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 
+_FROM_THE_HEADER = (
+    "study_instance_uid",
+    "series_instance_uid",
+    "patient_id",
+    "issuer_of_patient_id",
+    "patient_name",
+    "accession_number",
+    "timezone_offset_from_utc",
+)
+
+
 def storable(facts: HeaderFacts) -> HeaderFacts:
     """The facts as the tables hold them."""
-    return replace(
-        facts,
-        study_instance_uid=_clean(facts.study_instance_uid),
-        series_instance_uid=_clean(facts.series_instance_uid),
-        patient_id=_clean(facts.patient_id),
-        issuer_of_patient_id=_clean(facts.issuer_of_patient_id),
-        patient_name=_clean(facts.patient_name),
-        accession_number=_clean(facts.accession_number),
-        timezone_offset_from_utc=_clean(facts.timezone_offset_from_utc),
-    )
+    said: dict[str, Any] = {name: getattr(facts, name) for name in _FROM_THE_HEADER}
+    clean: dict[str, Any] = {name: _clean(text) for name, text in said.items()}
+    return facts if clean == said else replace(facts, **clean)
 
 
 def _facts_json(facts: HeaderFacts) -> str:
