@@ -34,6 +34,7 @@ from dicom_node.transport import (
     C_STORE_RQ,
     N_ACTION_RQ,
     N_EVENT_REPORT_RQ,
+    Answer,
     Certificate,
     Door,
     Limits,
@@ -216,8 +217,8 @@ class Receiver:
             _log.warning(refused, source_aet=request.peer.calling_ae_title, status=f"{status:04X}", why=why)
         return status
 
-    def _on_store(self, request: Request) -> int:
-        """Take one object (PS3.4 B.2.3); return the status."""
+    def _on_store(self, request: Request) -> int | Answer:
+        """Take one object (PS3.4 B.2.3); return the status. The line about what was stored is written behind it."""
         started = time.monotonic()
         try:
             status, fields = self._take(request)
@@ -234,8 +235,7 @@ class Receiver:
             **fields,
         }
         if status == SUCCESS:
-            _log.info("stored", **said)
-            return status
+            return Answer(status, lambda: _log.info("stored", **said))
         # One association can be refused as often as it likes: it must not fill the disk of the log.
         unsaid = self._refusals.admit()
         if unsaid is not None:

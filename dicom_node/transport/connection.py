@@ -135,6 +135,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """A status, and what is done once it is on its way, because the peer need not wait for it; also where it has gone
+    and cannot be told. Nothing that the status promises."""
+
+    status: int
+    then: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """What the called side offers.
 
@@ -149,7 +158,7 @@ class Service:
     implementation_version_name: str
     limits: Limits
     admit: Callable[[Peer], Refusal | None]
-    handlers: Mapping[int, Callable[[Request], int]]
+    handlers: Mapping[int, Callable[[Request], int | Answer]]
     drafts: Mapping[int, Callable[[Request], Draft]] = field(default_factory=dict)
     may_use: Callable[[Peer, str], bool] = lambda _peer, _abstract_syntax_uid: True
     heed: Callable[[str, Mapping[str, object]], None] = lambda _event, _fields: None
@@ -540,9 +549,14 @@ class Connection:
             return  # of an operation that has already ended; it has no response (PS3.7 9.3.2.3)
         if command.field & dimse.RESPONSE:
             raise Violation("a response that nobody asked for")
-        status = self._status(message)
-        for pdu in dimse.fragments(message.context_id, dimse.response(command, status), self._maximum_length):
-            self._happen(Event.SEND, memoryview(pdu))
+        answer = self._status(message)
+        status = answer.status if isinstance(answer, Answer) else answer
+        try:
+            for pdu in dimse.fragments(message.context_id, dimse.response(command, status), self._maximum_length):
+                self._happen(Event.SEND, memoryview(pdu))
+        finally:
+            if isinstance(answer, Answer):
+                answer.then()
 
     def _draw_up(self, context_id: int, piece: memoryview) -> None:
         """Let a data set be worked on while the rest of it is on its way."""
@@ -556,7 +570,7 @@ class Connection:
             else:
                 self._draft.add(piece)
 
-    def _status(self, message: Message) -> int:
+    def _status(self, message: Message) -> int | Answer:
         if message.command.field == dimse.C_ECHO_RQ:
             return 0x0000
         handler = self._service.handlers.get(message.command.field)

@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 
 from dicom_node import tls, transport
 from dicom_node.settings import TLS
-from dicom_node.transport import C_STORE_RQ, Door, Limits, Peer, Refusal, Request, Server, Service
+from dicom_node.transport import C_STORE_RQ, Answer, Door, Limits, Peer, Refusal, Request, Server, Service
 
 VERIFICATION = "1.2.840.10008.1.1"
 NM = "1.2.840.10008.5.1.4.1.1.20"
@@ -41,15 +41,16 @@ class Desk:
     def __init__(self) -> None:
         self.taken: list[Request] = []
         self.drafts: list[Draft] = []
+        self.behind: list[str] = []
         self.reached = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def store(self, request: Request) -> int:
+    def store(self, request: Request) -> Answer:
         self.reached.set()
         assert self.go_on.wait(20)
         self.taken.append(request)
-        return 0
+        return Answer(0, lambda: self.behind.append(request.sop_instance_uid))
 
     def begin(self, request: Request) -> "Draft":
         self.drafts.append(Draft(request))
@@ -619,6 +620,23 @@ def test_a_data_set_can_be_worked_on_while_it_comes_until_it_is_answered() -> No
         camera.say(STORE_COMMAND + values((3, 2, b"another")))
         assert camera.hear()[0] == 4
         assert [one.pieces for one in desk.drafts[1:]] == [[b"another"]]
+
+
+def test_what_need_not_be_waited_for_is_done_behind_the_answer_also_where_nobody_hears_it() -> None:
+    desk = Desk()
+    with serving(PATIENT, desk) as server:
+        with line(server) as camera:
+            camera.open().say(STORE_COMMAND + values((3, 2, b"data")))
+            assert camera.hear()[0] == 4
+            assert until(lambda: desk.behind == ["1.2.3"])
+        desk.go_on.clear()
+        desk.reached.clear()
+        with line(server) as camera:
+            camera.open().say(STORE_COMMAND + values((3, 2, b"data")))
+            assert desk.reached.wait(20)
+            camera.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+        desk.go_on.set()
+        assert until(lambda: len(desk.behind) == 2)
 
 
 @pytest.mark.parametrize("rest", [b"", values((3, 3, b"a command where data should be"))], ids=["gone", "wrong"])
