@@ -146,7 +146,22 @@ def header_facts(header: bytes, transfer_syntax_uid: str) -> HeaderFacts:
         SeriesInstanceUID is absent or holds anything but digits and dots. Everything else that cannot be read gives
         facts with the reason "unreadable".
     """
-    header = header[:HEADER_LIMIT]
+    return _facts(*_read_header(header[:HEADER_LIMIT], transfer_syntax_uid))
+
+
+def early_facts(beginning: bytes, transfer_syntax_uid: str) -> HeaderFacts | None:
+    """What `header_facts` gives for any dataset that begins so; None where that depends on what follows.
+
+    For whoever receives a dataset piece by piece. Raises UnreadableHeader, as `header_facts` would.
+    """
+    if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
+        return None  # its end decides whether it can be inflated
+    node, problem = _read_header(beginning, transfer_syntax_uid)
+    return _facts(node, problem) if node.reached_pixels and len(beginning) <= HEADER_LIMIT else None
+
+
+def _read_header(header: bytes, transfer_syntax_uid: str) -> tuple[_Node, str]:
+    """Read a header of `HEADER_LIMIT` bytes at the most; return what it holds and what is wrong with it."""
     node = _Node()
     problem = ""
     try:
@@ -160,7 +175,7 @@ def header_facts(header: bytes, transfer_syntax_uid: str) -> HeaderFacts:
             problem = "the header is longer than 256 KiB"
     except _MalformedError as error:
         problem = str(error)
-    return _facts(node, problem)
+    return node, problem
 
 
 def facts_of(ds: Dataset) -> HeaderFacts:
