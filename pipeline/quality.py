@@ -30,10 +30,10 @@ MIDLINE_MM: Final = 90.0
 NECK_SHARE: Final = 0.08
 """Share of a view's counts within a box as large as the crop, in the middle of the detector."""
 SMALLEST_MATRIX: Final = 64
-SMALLEST_FIELD_MM: Final = 222.0
-"""Nine tenths of the analysed box: less has no room for a bed and what lies around it. Zoom 2.0 leaves 282 mm."""
-FIELD_OFF_MM: Final = 60.0
-"""Distance between the middles of field and matrix. A detector fills its matrix evenly; a covered one does not."""
+NEAR_MM: Final = 60.0
+"""Where the field of view ends, from the middle of its matrix. A detector fills its matrix evenly: at zoom 2.0 its
+edges lie 141 mm off. Near on both sides says nothing: so ends a bare neck where air holds no counts at all."""
+FAR_MM: Final = 130.0
 FIELD_COUNTS: Final = 3_000
 """With fewer counts whole columns of air hold none, and the field looks smaller than it is."""
 END_MM: Final = 80.0
@@ -53,6 +53,8 @@ WARM: Final = 0.35
 FOCUS_SHARE: Final = 0.5
 FEWEST_BANDS: Final = 4
 CUT_MM: Final = 8.0
+UNCUT_MM: Final = 30.0
+"""Air on the other side. Without it the field is as wide as the body: zoomed, or air holds no counts at all."""
 WIDEST_NECK_MM: Final = 250.0
 APART_MM: Final = 30.0
 APART_SHARE: Final = 0.5
@@ -139,18 +141,18 @@ def neck_outside_field(image: ViewImage) -> str | None:
 
 
 def cut_field(image: ViewImage) -> str | None:
-    """A field that something covers: what is left is smaller than the analysed box, or to one side of its matrix."""
+    """A field of view that something covers from one side: it ends about the middle of its matrix there."""
     if _total(image) < FIELD_COUNTS:
         return None
     field = field_of_view(image.counts)
-    for axis, direction in ((1, "high"), (0, "wide")):
+    for axis, sides in ((1, ("above", "below")), (0, ("left of", "right of"))):
         places, spacing = np.flatnonzero(field.any(axis=axis)), image.spacing_mm[1 - axis]
-        size_mm = places.size * spacing
-        if size_mm < SMALLEST_FIELD_MM:
-            return f"the field of view is {size_mm:.0f} mm {direction}, smaller than the region that is analysed"
-        off_mm = abs(float(places[0] + places[-1]) - (field.shape[1 - axis] - 1)) / 2 * spacing
-        if off_mm > FIELD_OFF_MM:
-            return f"the field of view lies {off_mm:.0f} mm off the middle of its matrix: part of it is dark"
+        middle = (field.shape[1 - axis] - 1) / 2
+        ends_mm = ((middle - places[0]) * spacing, (places[-1] - middle) * spacing)
+        if min(ends_mm) < NEAR_MM and max(ends_mm) > FAR_MM:
+            near_mm, side = min(zip(ends_mm, sides, strict=True))
+            where = f"{near_mm:.0f} mm {side}" if near_mm > 0 else "short of"
+            return f"the field of view ends {where} the middle of its matrix: the rest is dark"
     return None
 
 
@@ -169,11 +171,11 @@ def middle_share(image: ViewImage) -> float:
 @dataclass(frozen=True, slots=True)
 class Band:
     """A strip across the body, `BAND_MM` high: how far below the field's middle it lies, how wide it is warm, how near
-    that comes to an edge of the field, and how wide the greatest cold place between two warm ones is; all in mm."""
+    that comes to either edge of the field, and how wide the greatest cold place between two warm ones is; all in mm."""
 
     down_mm: float
     width_mm: float
-    edge_mm: float
+    edges_mm: tuple[float, float]
     gap_mm: float
 
 
@@ -200,12 +202,12 @@ def _agreed(images: Sequence[ViewImage], reason: str, rule: Callable[[ViewImage]
 
 
 def cut_or_wide(image: ViewImage) -> str | None:
-    """The narrowest band leaves the field at its side, is as wide as a chest, or most bands are of two columns."""
+    """The narrowest band leaves the field at one side, is as wide as a chest, or most bands are of two columns."""
     bands = silhouette(image)
     if bands is None:
         return None
     narrowest = min(bands, key=lambda band: band.width_mm)
-    if narrowest.edge_mm < CUT_MM:
+    if min(narrowest.edges_mm) < CUT_MM and max(narrowest.edges_mm) > UNCUT_MM:
         return "the body's narrowest part is cut by the edge of the field"
     # The second: the lowest band may be cut off, and few counts then leave little of it.
     wide_mm = sorted(band.width_mm for band in bands)[1]
@@ -244,7 +246,7 @@ def upside_down(image: ViewImage) -> str | None:
 
 
 def head_alone(image: ViewImage) -> str | None:
-    """The body ends above the middle and leaves the field downwards: its lower part is missing, the bed with it.
+    """The body ends above the middle and leaves the field downwards, without shoulders: they are missing, and the bed.
 
     Asked along a strip of 100 mm around the midline, row by row, so that a hot focus counts as one place of many.
     """
@@ -266,7 +268,9 @@ def head_alone(image: ViewImage) -> str | None:
         return None
     warm = np.flatnonzero(along >= END_SHARE * level)
     end_mm = float(place_mm[warm[0]])
-    if warm[0] > 0 and end_mm > -END_MM:
+    lowest = np.median(smoothed[place_mm > place_mm[-1] - 2 * BAND_MM], axis=0)
+    width_mm = int((lowest > WARM * level).sum()) * across_mm
+    if warm[0] > 0 and end_mm > -END_MM and width_mm < SHOULDER_MM:
         return f"the body ends {abs(end_mm):.0f} mm {'above' if end_mm < 0 else 'below'} the middle: a head alone"
     return None
 
@@ -331,9 +335,9 @@ def _band(warm: NDArray[np.bool_], down_mm: float, across_mm: float) -> Band | N
     places = np.flatnonzero(warm)
     if not places.size:
         return None
-    edge = min(int(places[0]), len(warm) - 1 - int(places[-1]))
+    edges = float(places[0] * across_mm), float((len(warm) - 1 - places[-1]) * across_mm)
     gap = int(np.diff(places).max(initial=1)) - 1
-    return Band(down_mm, float(places.size * across_mm), edge * across_mm, gap * across_mm)
+    return Band(down_mm, float(places.size * across_mm), edges, gap * across_mm)
 
 
 @dataclass(frozen=True, slots=True)

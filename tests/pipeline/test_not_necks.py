@@ -6,7 +6,7 @@ import pytest
 from models.weights import TrainingRange
 from pipeline.finding import SourceFrame, ViewImage
 from pipeline.phantom import Phantom, phantom
-from pipeline.quality import cut_field, head_alone, problem_of, shoulders_too_high, silhouette, upside_down
+from pipeline.quality import cut_field, cut_or_wide, head_alone, problem_of, shoulders_too_high, silhouette, upside_down
 from pipeline.reasons import REASONS
 from tests.pipeline.not_necks import KINDS, draw
 
@@ -64,6 +64,13 @@ def test_of_so_few_counts_that_air_holds_none_the_field_is_not_measured() -> Non
     dark[140:240, 60:200] = 1
     assert cut_field(_body(dark, 60_000)) is not None
     assert cut_field(_body(dark, 2_500)) is None
+
+
+def test_a_bare_neck_beside_which_air_holds_no_counts_at_all_is_neither_covered_nor_cut() -> None:
+    down, across = np.mgrid[:256, :256]
+    neck = _body(np.where(abs(across - 120) < 27, 1.0, 0.0) * (down >= 0))
+    assert cut_field(neck) is None
+    assert cut_or_wide(neck) is None
 
 
 @pytest.mark.parametrize("zoom", ["zoom_1.0", "zoom_2.0"])
