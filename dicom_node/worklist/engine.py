@@ -10,12 +10,14 @@ cut to their first line and never carry parameters, because these hold patient i
 """
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Dialect, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
@@ -108,7 +110,53 @@ def _open_sqlite(url: URL, busy_timeout_s: float) -> Engine:
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
+    _writers[engine] = writer = _Writer(busy_timeout_s)
+    event.listen(engine, "engine_disposed", lambda _: writer.close())
     return engine
+
+
+class _Writer:
+    """The one connection on which a process writes to an SQLite file, and the turn to use it.
+
+    SQLite has one writer at a time, and whoever finds it busy looks again after ever longer sleeps: threads of one
+    process wait for each other here, and SQLite's own wait is for other processes. A connection that stays open saves
+    each object what the pool does around a transaction, which takes as long as its statements.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._turn = threading.Lock()
+        self._conn: Connection | None = None
+
+    @contextmanager
+    def transaction(self, engine: Engine) -> Iterator[Connection]:
+        """As `writing`. Raises PoolTimeoutError where the turn does not come."""
+        if not self._turn.acquire(timeout=self._wait_s):
+            raise PoolTimeoutError
+        try:
+            if self._conn is None:
+                self._conn = engine.connect().execution_options(**{_WRITES: True})
+                self._conn.detach()  # the pool would keep it open behind `close`
+            with self._conn.begin():
+                yield self._conn
+        except BaseException:
+            # Whatever it was, the next transaction must not meet what it left of this connection.
+            self._leave()
+            raise
+        finally:
+            self._turn.release()
+
+    def close(self) -> None:
+        with self._turn:
+            self._leave()
+
+    def _leave(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            conn.close()
+
+
+_writers: WeakKeyDictionary[Engine, _Writer] = WeakKeyDictionary()
 
 
 def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
@@ -156,10 +204,14 @@ def _open_postgresql(url: URL, busy_timeout_s: float) -> Engine:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A write transaction: committed durably when the block ends, rolled back when it raises."""
-    with _translated(), engine.connect() as conn:
-        conn = conn.execution_options(**{_WRITES: True})
-        with conn.begin():
+    """A write transaction: committed durably when the block ends, rolled back when it raises. Never one in another."""
+    writer = _writers.get(engine)
+    with _translated():
+        if writer is not None:
+            with writer.transaction(engine) as conn:
+                yield conn
+            return
+        with engine.connect() as conn, conn.begin():
             yield conn
 
 
