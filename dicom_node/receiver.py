@@ -28,12 +28,13 @@ from dicom_node.contexts import (
 from dicom_node.errors import RemnantError
 from dicom_node.part10 import part_10_header
 from dicom_node.settings import Destination, Settings, Source
-from dicom_node.spool import Spool
+from dicom_node.spool import Begun, Spool
 from dicom_node.tls import server_context
 from dicom_node.transport import (
     C_STORE_RQ,
     N_ACTION_RQ,
     N_EVENT_REPORT_RQ,
+    Answer,
     Certificate,
     Door,
     Limits,
@@ -47,7 +48,7 @@ from dicom_node.transport import (
 from dicom_node.uids import valid_uid
 from dicom_node.wake import Bell
 from dicom_node.whose import Identity
-from pipeline.views import UnreadableHeader, header_facts
+from pipeline.views import HeaderFacts, UnreadableHeader, early_facts, header_facts
 
 SUCCESS = 0x0000
 PROCESSING_FAILURE = 0x0110
@@ -123,6 +124,7 @@ class Receiver:
                 N_EVENT_REPORT_RQ: self._on_report,
                 N_ACTION_RQ: self._on_request,
             },
+            drafts={C_STORE_RQ: lambda request: _Arriving(self._spool, request)},
             may_use=self._may_use,
             heed=self._recorder.heed,
         )
@@ -215,8 +217,8 @@ class Receiver:
             _log.warning(refused, source_aet=request.peer.calling_ae_title, status=f"{status:04X}", why=why)
         return status
 
-    def _on_store(self, request: Request) -> int:
-        """Take one object (PS3.4 B.2.3); return the status."""
+    def _on_store(self, request: Request) -> int | Answer:
+        """Take one object (PS3.4 B.2.3); return the status. The line about what was stored is written behind it."""
         started = time.monotonic()
         try:
             status, fields = self._take(request)
@@ -233,8 +235,7 @@ class Receiver:
             **fields,
         }
         if status == SUCCESS:
-            _log.info("stored", **said)
-            return status
+            return Answer(status, lambda: _log.info("stored", **said))
         # One association can be refused as often as it likes: it must not fill the disk of the log.
         unsaid = self._refusals.admit()
         if unsaid is not None:
@@ -255,14 +256,15 @@ class Receiver:
         if request.excess:
             return OUT_OF_RESOURCES, {"why": "too many objects are being received at once"}
         transfer_syntax_uid, dataset = request.transfer_syntax_uid, request.data
+        arriving = request.draft if isinstance(request.draft, _Arriving) else None
         try:
-            facts = header_facts(dataset[:HEADER_LIMIT], transfer_syntax_uid)
+            facts = (arriving and arriving.facts) or header_facts(dataset[:HEADER_LIMIT], transfer_syntax_uid)
         except UnreadableHeader as error:
             return CANNOT_UNDERSTAND, {"why": str(error)}
-        if (facts.sop_class_uid, facts.sop_instance_uid) != (class_uid, instance_uid):
+        if not _is_of(request, facts):
             return DOES_NOT_MATCH, {"why": "command and dataset disagree on class or instance"}
-        preamble = part_10_header(class_uid, instance_uid, transfer_syntax_uid, request.peer.calling_ae_title)
-        name, digest = spool.put_object(self._spool, preamble, dataset)
+        begun = arriving.begun if arriving else None
+        name, digest = spool.put_object(self._spool, _preamble(request), dataset, begun)
         stored = worklist.Stored(
             spool_name=name, sha256=digest, size_bytes=len(dataset), transfer_syntax_uid=transfer_syntax_uid
         )
@@ -285,6 +287,73 @@ class Receiver:
                 self._recorder.identity_changed(text, whose, request.peer.calling_ae_title)
             _log.warning("alarm", what=alarm, scan=receipt.scan_id, study=facts.study_instance_uid)
         return SUCCESS, {"scan": receipt.scan_id, "state": receipt.state, "new": receipt.new}
+
+
+class _Arriving:
+    """An object whose fragments still come: its header is read as soon as it is there, and what follows is hashed and
+    written meanwhile, which the camera would otherwise wait for. Nothing of an object that will be refused is written,
+    and nothing is decided here: `Receiver._take` does, and does without this where it came to nothing."""
+
+    def __init__(self, store: Spool, request: Request) -> None:
+        self.facts: HeaderFacts | None = None
+        self.begun: Begun | None = None
+        self._store = store
+        self._request = request
+        self._head = bytearray()
+        self._look_at = 0
+        self._over = not (valid_uid(request.sop_class_uid) and valid_uid(request.sop_instance_uid))
+
+    def add(self, piece: memoryview) -> None:
+        if self._over:
+            return
+        try:
+            if self.begun is not None:
+                self.begun.add(piece)
+            elif len(self._head) + len(piece) > HEADER_LIMIT:
+                self.drop()
+            else:
+                self._head += piece
+                # Not for each fragment: of single bytes, each would cost a look at all before it.
+                if len(self._head) >= self._look_at:
+                    self._look_at = 2 * len(self._head)
+                    self._begin()
+        except UnreadableHeader:
+            self.drop()
+        except Exception as error:  # noqa: BLE001 - `_take` meets it again, where it becomes a status
+            self.drop()
+            _log.warning("not_begun", error=log.place(error))
+
+    def drop(self) -> None:
+        self._over, self._head = True, bytearray()
+        if self.begun is not None:
+            self.begun.drop()
+
+    def _begin(self) -> None:
+        request, head = self._request, bytes(self._head)
+        facts = early_facts(head, request.transfer_syntax_uid)
+        if facts is None:
+            return
+        if not _is_of(request, facts) or request.sop_class_uid != request.abstract_syntax_uid:
+            self.drop()
+            return
+        self.facts = facts
+        self.begun = Begun(self._store, _preamble(request))
+        self.begun.add(head)
+        self._head = bytearray()
+
+
+def _is_of(request: Request, facts: HeaderFacts) -> bool:
+    """Say whether a command and its dataset agree on class and instance."""
+    return (facts.sop_class_uid, facts.sop_instance_uid) == (request.sop_class_uid, request.sop_instance_uid)
+
+
+def _preamble(request: Request) -> bytes:
+    return part_10_header(
+        request.sop_class_uid,
+        request.sop_instance_uid,
+        request.transfer_syntax_uid,
+        request.peer.calling_ae_title,
+    )
 
 
 def refusal(sources: tuple[Source, ...], peer: Peer) -> Refusal | None:

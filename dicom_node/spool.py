@@ -47,6 +47,10 @@ class StoredFile:
 
 _NAME = re.compile(r"[0-9a-f]{64}\.dcm")
 
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_WRITE_AT_LEAST = 64 * 1024
+"""Bytes of an object that are worth a call before its end; what comes in smaller pieces is collected first."""
+
 # Preamble 128, prefix "DICM", then (0002,0000) UL of 4 bytes: the length of the rest of the group (PS3.10 7.1).
 _META_START = 128
 _META = struct.Struct("<4sHH2sHI")
@@ -108,54 +112,143 @@ def check_room(spool: Spool, coming: int) -> None:
         )
 
 
-def put_object(spool: Spool, preamble: bytes, dataset: bytes) -> tuple[str, str]:
+class Begun:
+    """A received object of which a part is written already: `add` its bytes as they come, then hand it to `put_object`,
+    or `drop` it. It has no name yet, so that whatever ends it half written leaves nothing that counts. For one thread.
+    """
+
+    def __init__(self, spool: Spool, preamble: bytes) -> None:
+        self._spool = spool
+        self._hash = hashlib.sha256()
+        self._size_bytes = 0
+        self._unwritten = bytearray(preamble)
+        self._temporary = _temporary(spool.incoming)
+        self._descriptor = -1
+        self._lies_there = False
+        self._broken = False
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """Take the next bytes of the dataset, and write what is there if it is much.
+
+        Raises nothing: where there is no room or the disk refuses, all of it is given up without a word, and
+        `put_object`, which then writes the object from its start, tells the error.
+        """
+        if self._broken:
+            return
+        self._count(piece)
+        if len(self._unwritten) + len(piece) < _WRITE_AT_LEAST:
+            self._unwritten += piece  # a copy, because a piece holds on to the whole PDU that it came in
+            return
+        try:
+            self._write(piece)
+        except (StorageError, OSError):
+            self.drop()
+
+    def holds(self, dataset: bytes) -> bool:
+        """Say whether all of a dataset was added."""
+        return not self._broken and self._size_bytes == len(dataset)
+
+    def finish(self, rest: bytes = b"") -> tuple[str, str]:
+        """Make it durable under its name; return (name, SHA-256). Raises StorageError (no room) and OSError."""
+        self._count(rest)
+        self._write(rest)
+        digest = self._hash.hexdigest()
+        name = f"{digest[:2]}/{digest}.dcm"
+        os.fsync(self._descriptor)
+        self._close()
+        self._temporary.rename(self._spool.objects / name)
+        self._lies_there = False
+        _sync_folder(self._spool.objects / digest[:2])
+        return name, digest
+
+    def drop(self) -> None:
+        """Leave nothing behind. After `finish`, or once more, it does nothing."""
+        self._broken, self._unwritten = True, bytearray()
+        self._close()
+        if self._lies_there:
+            self._lies_there = False
+            self._temporary.unlink(missing_ok=True)
+
+    def _count(self, piece: bytes | memoryview) -> None:
+        self._hash.update(piece)
+        self._size_bytes += len(piece)
+
+    def _write(self, piece: bytes | memoryview) -> None:
+        """Write what waits and then a piece, where there is room for both."""
+        check_room(self._spool, len(self._unwritten) + len(piece))
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._temporary, _NEW_FILE, 0o600)
+            self._lies_there = True
+        for part in (self._unwritten, piece):
+            _write_all(self._descriptor, part)
+        self._unwritten = bytearray()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+
+def put_object(spool: Spool, preamble: bytes, dataset: bytes, begun: Begun | None = None) -> tuple[str, str]:
     """Make a received object durable; return (name, SHA-256 of the dataset).
 
     Parameters
     ----------
     preamble: preamble, prefix and file meta information (PS3.10 7.1).
     dataset: the encoded dataset exactly as sent.
+    begun: what is written of it already, behind the same preamble.
 
     Raises
     ------
     StorageError: no room, or the disk refuses; nothing is left under the final name.
     """
-    check_room(spool, len(preamble) + len(dataset))
-    digest = hashlib.sha256(dataset).hexdigest()
-    name = f"{digest[:2]}/{digest}.dcm"
-    _put(spool.incoming, spool.objects / name, preamble, dataset)
-    return name, digest
+    rest = b""
+    if begun is None or not begun.holds(dataset):
+        begun, rest = Begun(spool, preamble), dataset
+    try:
+        return begun.finish(rest)
+    except OSError as error:
+        raise _refused(error) from error
+    finally:
+        begun.drop()
 
 
 def put_result(spool: Spool, data: bytes) -> tuple[str, str]:
     """Make a rendered result durable; return (name, SHA-256). The reserve is not applied: a result must get out."""
     digest = hashlib.sha256(data).hexdigest()
     name = f"{digest[:2]}/{digest}.dcm"
-    _put(spool.rendering, spool.results / name, data)
-    return name, digest
-
-
-def _put(folder: Path, path: Path, *parts: bytes) -> None:
-    temporary = folder / f"{path.stem}.{os.getpid()}.{os.urandom(4).hex()}.part"
+    temporary = _temporary(spool.rendering)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(temporary, _NEW_FILE, 0o600)
         try:
-            for part in parts:
-                view = memoryview(part)
-                while view:
-                    view = view[os.write(descriptor, view) :]
+            _write_all(descriptor, data)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        temporary.rename(path)
-        _sync_folder(path.parent)
+        temporary.rename(spool.results / name)
+        _sync_folder(spool.results / digest[:2])
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"An object could not be made durable: {error.strerror or error}.",
-            hint="Check the disk of [storage] directory.",
-            retry=True,
-        ) from error
+        raise _refused(error) from error
+    return name, digest
+
+
+def _temporary(folder: Path) -> Path:
+    return folder / f"{os.getpid()}.{os.urandom(8).hex()}.part"
+
+
+def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _refused(error: OSError) -> StorageError:
+    return StorageError(
+        f"An object could not be made durable: {error.strerror or error}.",
+        hint="Check the disk of [storage] directory.",
+        retry=True,
+    )
 
 
 def shelved(shelf: Path) -> Iterator[StoredFile]:

@@ -146,7 +146,22 @@ def header_facts(header: bytes, transfer_syntax_uid: str) -> HeaderFacts:
         SeriesInstanceUID is absent or holds anything but digits and dots. Everything else that cannot be read gives
         facts with the reason "unreadable".
     """
-    header = header[:HEADER_LIMIT]
+    return _facts(*_read_header(header[:HEADER_LIMIT], transfer_syntax_uid))
+
+
+def early_facts(beginning: bytes, transfer_syntax_uid: str) -> HeaderFacts | None:
+    """What `header_facts` gives for any dataset that begins so; None where that depends on what follows.
+
+    For whoever receives a dataset piece by piece. Raises UnreadableHeader, as `header_facts` would.
+    """
+    if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
+        return None  # its end decides whether it can be inflated
+    node, problem = _read_header(beginning, transfer_syntax_uid)
+    return _facts(node, problem) if node.reached_pixels and len(beginning) <= HEADER_LIMIT else None
+
+
+def _read_header(header: bytes, transfer_syntax_uid: str) -> tuple[_Node, str]:
+    """Read a header of `HEADER_LIMIT` bytes at the most; return what it holds and what is wrong with it."""
     node = _Node()
     problem = ""
     try:
@@ -160,7 +175,7 @@ def header_facts(header: bytes, transfer_syntax_uid: str) -> HeaderFacts:
             problem = "the header is longer than 256 KiB"
     except _MalformedError as error:
         problem = str(error)
-    return _facts(node, problem)
+    return node, problem
 
 
 def facts_of(ds: Dataset) -> HeaderFacts:
@@ -364,13 +379,22 @@ class _MalformedError(Exception):
     """The encoding breaks off or nests too deep; the message is a sentence for a person."""
 
 
+_SHORT_VRS: Final = frozenset(
+    {b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN"}
+    | {b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US"}
+)
+
+
 class _Encoding:
-    """How elements are encoded, and the readers of what stands in their heads: two 16-bit numbers, one, one of 32."""
+    """How elements are encoded, and the readers of what stands in their heads: tag (group, number), VR and a length of
+    16 bits; tag and a length of 32 bits; a number of 16 bits; one of 32."""
 
     def __init__(self, *, implicit: bool, little: bool) -> None:
         self.implicit, self.little = implicit, little
         order = "<" if little else ">"
-        self.pair, self.short, self.long = (struct.Struct(f"{order}{code}").unpack_from for code in ("HH", "H", "I"))
+        self.explicit_head, self.head, self.short, self.long = (
+            struct.Struct(f"{order}{code}").unpack_from for code in ("HH2sH", "HHI", "H", "I")
+        )
 
 
 _IMPLICIT_LITTLE: Final = _Encoding(implicit=True, little=True)
@@ -409,20 +433,29 @@ def _inflate(data: bytes) -> bytes:
 
 def _scan(data: bytes, at: int, end: int, encoding: _Encoding, depth: int, node: _Node, *, delimited: bool) -> int:
     """Reads a dataset or an item into `node`; returns where it ended. At depth 0, stops before pixel data."""
+    # Each element costs a few calls, and a header has some hundred of them while a camera waits: so what most are, a
+    # text of a short VR that nobody asks for, goes the shortest way.
+    implicit, explicit_head, wanted = encoding.implicit, encoding.explicit_head, _WANTED.get
     while at < end:
-        if depth == 0 and end - at >= 2 and encoding.short(data, at)[0] >= _PIXEL_GROUP:
-            node.reached_pixels = True
-            return at
         if end - at < 8:
+            if depth == 0 and end - at >= 2 and encoding.short(data, at)[0] >= _PIXEL_GROUP:
+                node.reached_pixels = True
+                return at
             raise _MalformedError("the header breaks off within an element")
-        group, number = encoding.pair(data, at)
-        tag = group << 16 | number
-        if group == 0xFFFE:
-            if delimited and tag == 0xFFFEE00D:
-                return at + 8
-            raise _MalformedError("an item delimiter stands where an element should be")
-        vr, length, at = _element_start(data, at, end, encoding)
-        keyword, dictionary_vr = _WANTED.get(tag, _UNWANTED)
+        group, number, written, length = explicit_head(data, at)
+        if group >= _PIXEL_GROUP:
+            if depth == 0:
+                node.reached_pixels = True
+                return at
+            if group == 0xFFFE:
+                if delimited and number == 0xE00D:
+                    return at + 8
+                raise _MalformedError("an item delimiter stands where an element should be")
+        keyword, dictionary_vr = wanted(group << 16 | number, _UNWANTED)
+        if implicit or written not in _SHORT_VRS:
+            vr, length, at = _element_start(data, at, end, encoding)
+        else:
+            vr, at = "" if not keyword else written.decode("ascii"), at + 8
         if not keyword and length <= end - at:  # most elements: a length of all ones is never within the data
             at += length
             continue
@@ -471,9 +504,8 @@ def _scan_items(
     while at < end:
         if end - at < 8:
             raise _MalformedError("the header breaks off within a sequence")
-        group, number = encoding.pair(data, at)
+        group, number, length = encoding.head(data, at)
         tag = group << 16 | number
-        (length,) = encoding.long(data, at + 4)
         at += 8
         if tag == 0xFFFEE0DD:
             if delimited:
@@ -547,13 +579,19 @@ def _texts(vr: str, raw: bytes, little: bool, codecs: tuple[str, ...]) -> tuple[
     return _split(_decode(raw, codecs))
 
 
+_PADDING: Final = " \0\t\r\n"
+
+
 def _split(text: str) -> tuple[str, ...]:
-    return _stripped(text.split("\\"))
+    if "\\" in text:
+        return _stripped(text.split("\\"))
+    only = text.strip(_PADDING)
+    return (only,) if only else ()
 
 
 def _stripped(values: Iterable[str]) -> tuple[str, ...]:
     """Without padding; an element with nothing but empty values is absent."""
-    stripped = tuple(value.strip(" \0\t\r\n") for value in values)
+    stripped = tuple(value.strip(_PADDING) for value in values)
     return stripped if any(stripped) else ()
 
 
@@ -567,6 +605,8 @@ def _codecs(terms: tuple[str, ...]) -> tuple[str, ...]:
 
 def _decode(raw: bytes, codecs: tuple[str, ...]) -> str:
     """Text with code extensions (PS3.3 C.12.1.1.2, PS3.5 6.1.2.5); what cannot be decoded becomes U+FFFD."""
+    if b"\x1b" not in raw:
+        return raw.decode(codecs[0], "replace")
     parts = raw.split(b"\x1b")
     text = parts[0].decode(codecs[0], "replace")
     for part in parts[1:]:

@@ -67,6 +67,8 @@ class Recorder:
 
     def received(self, whose: Identity, sop_class_uid: str, peer: Peer, *, new: bool) -> None:
         """DICOM Instances Transferred: an object is durable. `new` is False for one that was here before."""
+        if self._spool is None:
+            return  # before anything is put together: a camera waits
         node = self._settings.node.ae_title
         self._record(
             Event(

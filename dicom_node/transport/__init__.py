@@ -6,7 +6,7 @@ and what answers a request; all below that is here: `states` (the standard's tab
 worklist.
 """
 
-from dicom_node.transport.connection import Limits, Peer, Refusal, Request, Service
+from dicom_node.transport.connection import Answer, Draft, Limits, Peer, Refusal, Request, Service
 from dicom_node.transport.dimse import C_STORE_RQ, N_ACTION_RQ, N_EVENT_REPORT_RQ
 from dicom_node.transport.negotiation import MAXIMUM_PDU_SIZE
 from dicom_node.transport.secure import Certificate
@@ -17,8 +17,10 @@ __all__ = [
     "MAXIMUM_PDU_SIZE",
     "N_ACTION_RQ",
     "N_EVENT_REPORT_RQ",
+    "Answer",
     "Certificate",
     "Door",
+    "Draft",
     "Limits",
     "Peer",
     "Refusal",

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Protocol
 
@@ -108,9 +108,20 @@ _WRONG_VERSION = Refusal(1, 2, 2, "protocol version not supported")
 _WRONG_APPLICATION = Refusal(1, 1, 2, "application context name not supported")
 
 
+class Draft(Protocol):
+    """What is made of a data set while its fragments arrive; neither method raises."""
+
+    def add(self, piece: memoryview) -> None:
+        """Take the next bytes; they stay as they are."""
+
+    def drop(self) -> None:
+        """Leave nothing behind: the message was answered, grew beyond a limit, or does not come to its end."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A DIMSE request. `excess`: see `dimse.Message`; the data set is empty then. `type_id`: see `dimse`."""
+    """A DIMSE request. `excess`: see `dimse.Message`; the data set is empty then. `type_id`: see `dimse`. `draft`: what
+    `Service.drafts` has begun for it."""
 
     peer: Peer
     abstract_syntax_uid: str
@@ -120,6 +131,16 @@ class Request:
     data: bytes
     excess: str
     type_id: int | None = None
+    draft: Draft | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A status, and what is done once it is on its way, because the peer need not wait for it; also where it has gone
+    and cannot be told. Nothing that the status promises."""
+
+    status: int
+    then: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +148,9 @@ class Service:
     """What the called side offers.
 
     `admit` decides on a peer, `may_use` on each class that it asks for, `handlers` map a Command Field to what answers
-    it with a status (C-ECHO is answered without one). `heed` hears of everything that is reported to the log, also
-    where the log leaves it out.
+    it with a status (C-ECHO is answered without one). `drafts` map one to what begins to work on its data set, with the
+    request as far as it is known, when the first fragment is here. `heed` hears of everything that is reported to the
+    log, also where the log leaves it out.
     """
 
     contexts: Sequence[PresentationContext]
@@ -136,7 +158,8 @@ class Service:
     implementation_version_name: str
     limits: Limits
     admit: Callable[[Peer], Refusal | None]
-    handlers: Mapping[int, Callable[[Request], int]]
+    handlers: Mapping[int, Callable[[Request], int | Answer]]
+    drafts: Mapping[int, Callable[[Request], Draft]] = field(default_factory=dict)
     may_use: Callable[[Peer, str], bool] = lambda _peer, _abstract_syntax_uid: True
     heed: Callable[[str, Mapping[str, object]], None] = lambda _event, _fields: None
 
@@ -194,6 +217,7 @@ class Connection:
         self._began = time.monotonic()
         self._message_began = 0.0
         self._inbox = Inbox(house.memory, self._limits.object_bytes, frozenset())
+        self._draft: Draft | None = None
         self._agreed: Mapping[int, Agreed] = {}
         self._maximum_length = 0
         self._received = 0
@@ -240,7 +264,7 @@ class Connection:
             with self._lock:
                 self._open = False
                 self._close()
-            self._inbox.clear()
+            self._clear()
             if self._fault and not self._house.stopping:
                 calling = self.peer.calling_ae_title if self.peer else ""
                 self._house.report("association_cut", address=self.address, calling=calling, why=self._fault)
@@ -509,9 +533,11 @@ class Connection:
                 length = int.from_bytes(content[:4], "big")
                 context_id, control, piece = content[4], content[5], content[6 : 4 + length]
                 message = self._inbox.take(context_id, control, piece)
+                if not control & dimse.COMMAND:
+                    self._draw_up(context_id, piece)
                 if message is not None:
                     self._answer(message)
-                    self._inbox.clear()
+                    self._clear()
                 content = content[4 + length :]
         except Violation as error:
             self._fault = str(error)
@@ -523,29 +549,57 @@ class Connection:
             return  # of an operation that has already ended; it has no response (PS3.7 9.3.2.3)
         if command.field & dimse.RESPONSE:
             raise Violation("a response that nobody asked for")
-        status = self._status(message)
-        for pdu in dimse.fragments(message.context_id, dimse.response(command, status), self._maximum_length):
-            self._happen(Event.SEND, memoryview(pdu))
+        answer = self._status(message)
+        status = answer.status if isinstance(answer, Answer) else answer
+        try:
+            for pdu in dimse.fragments(message.context_id, dimse.response(command, status), self._maximum_length):
+                self._happen(Event.SEND, memoryview(pdu))
+        finally:
+            if isinstance(answer, Answer):
+                answer.then()
 
-    def _status(self, message: Message) -> int:
-        command, agreed = message.command, self._agreed[message.context_id]
-        if command.field == dimse.C_ECHO_RQ:
+    def _draw_up(self, context_id: int, piece: memoryview) -> None:
+        """Let a data set be worked on while the rest of it is on its way."""
+        command = self._inbox.command
+        if self._draft is None and command is not None and command.field in self._service.drafts:
+            request = self._request(Message(context_id, command, b"", ""))
+            self._draft = self._service.drafts[command.field](request) if request is not None else None
+        if self._draft is not None:
+            if self._inbox.excess:
+                self._draft.drop()
+            else:
+                self._draft.add(piece)
+
+    def _status(self, message: Message) -> int | Answer:
+        if message.command.field == dimse.C_ECHO_RQ:
             return 0x0000
-        handler = self._service.handlers.get(command.field)
-        if handler is None or self.peer is None:
+        handler = self._service.handlers.get(message.command.field)
+        request = None if handler is None else self._request(message)
+        if handler is None or request is None:
             return dimse.UNRECOGNISED_OPERATION
-        return handler(
-            Request(
-                peer=self.peer,
-                abstract_syntax_uid=agreed.abstract_syntax,
-                transfer_syntax_uid=agreed.transfer_syntax,
-                sop_class_uid=command.sop_class_uid,
-                sop_instance_uid=command.sop_instance_uid,
-                data=message.data,
-                excess=message.excess,
-                type_id=dimse.type_id(command),
-            )
+        return handler(request)
+
+    def _request(self, message: Message) -> Request | None:
+        command, agreed = message.command, self._agreed[message.context_id]
+        if self.peer is None:
+            return None
+        return Request(
+            peer=self.peer,
+            abstract_syntax_uid=agreed.abstract_syntax,
+            transfer_syntax_uid=agreed.transfer_syntax,
+            sop_class_uid=command.sop_class_uid,
+            sop_instance_uid=command.sop_instance_uid,
+            data=message.data,
+            excess=message.excess,
+            type_id=dimse.type_id(command),
+            draft=self._draft,
         )
+
+    def _clear(self) -> None:
+        if self._draft is not None:
+            self._draft.drop()
+            self._draft = None
+        self._inbox.clear()
 
     def _abort(self, source: int, reason: int) -> None:
         try:

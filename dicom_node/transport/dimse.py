@@ -25,7 +25,7 @@ COMMAND_LIMIT = 16 * 1024
 """Longest command set taken, bytes; those of the standard have a few hundred."""
 
 _NO_DATA_SET = 0x0101
-_COMMAND, _LAST = 0x01, 0x02  # message control header, PS3.8 E.2
+COMMAND, _LAST = 0x01, 0x02  # message control header, PS3.8 E.2
 
 # Element numbers of group 0000: PS3.7 E.1.
 _GROUP_LENGTH = 0x0000
@@ -142,7 +142,7 @@ def fragments(context_id: int, command: bytes, maximum_length: int) -> list[byte
     for start in range(0, len(command), room):
         piece = command[start : start + room]
         last = _LAST if start + room >= len(command) else 0
-        value = struct.pack(">IBB", len(piece) + 2, context_id, _COMMAND | last) + piece
+        value = struct.pack(">IBB", len(piece) + 2, context_id, COMMAND | last) + piece
         pdus.append(struct.pack(">BBI", 0x04, 0, len(value)) + value)
     return pdus
 
@@ -197,6 +197,16 @@ class Inbox:
         """Whether no message is under way."""
         return self._command is None and not self._command_bytes
 
+    @property
+    def command(self) -> Command | None:
+        """The command of the message under way, as soon as it is whole."""
+        return self._command
+
+    @property
+    def excess(self) -> str:
+        """Why the data set under way is not kept; see `Message`."""
+        return self._excess
+
     def take(self, context_id: int, control: int, piece: memoryview) -> Message | None:
         """Take a fragment; return the message that it completes. Raises Violation."""
         if context_id not in self._context_ids:
@@ -205,7 +215,7 @@ class Inbox:
             raise Violation("a message changed its presentation context")
         self._context_id = context_id
         self.received_bytes += len(piece)
-        if control & _COMMAND:
+        if control & COMMAND:
             return self._take_command(bool(control & _LAST), piece)
         if self._command is None:
             raise Violation("a data set came without a command")

@@ -10,12 +10,16 @@ cut to their first line and never carry parameters, because these hold patient i
 """
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Dialect, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -26,6 +30,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.sql import ClauseElement
 
 from dicom_node.errors import RemnantError
 
@@ -105,7 +110,53 @@ def _open_sqlite(url: URL, busy_timeout_s: float) -> Engine:
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
+    _writers[engine] = writer = _Writer(busy_timeout_s)
+    event.listen(engine, "engine_disposed", lambda _: writer.close())
     return engine
+
+
+class _Writer:
+    """The one connection on which a process writes to an SQLite file, and the turn to use it.
+
+    SQLite has one writer at a time, and whoever finds it busy looks again after ever longer sleeps: threads of one
+    process wait for each other here, and SQLite's own wait is for other processes. A connection that stays open saves
+    each object what the pool does around a transaction, which takes as long as its statements.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._turn = threading.Lock()
+        self._conn: Connection | None = None
+
+    @contextmanager
+    def transaction(self, engine: Engine) -> Iterator[Connection]:
+        """As `writing`. Raises PoolTimeoutError where the turn does not come."""
+        if not self._turn.acquire(timeout=self._wait_s):
+            raise PoolTimeoutError
+        try:
+            if self._conn is None:
+                self._conn = engine.connect().execution_options(**{_WRITES: True})
+                self._conn.detach()  # the pool would keep it open behind `close`
+            with self._conn.begin():
+                yield self._conn
+        except BaseException:
+            # Whatever it was, the next transaction must not meet what it left of this connection.
+            self._leave()
+            raise
+        finally:
+            self._turn.release()
+
+    def close(self) -> None:
+        with self._turn:
+            self._leave()
+
+    def _leave(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            conn.close()
+
+
+_writers: WeakKeyDictionary[Engine, _Writer] = WeakKeyDictionary()
 
 
 def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
@@ -124,7 +175,7 @@ def _prepare_sqlite(dbapi_connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(conn: Connection) -> None:
-    conn.exec_driver_sql("BEGIN IMMEDIATE" if conn.get_execution_options().get(_WRITES) else "BEGIN")
+    _drive(conn, _BEGIN_IMMEDIATE if conn.get_execution_options().get(_WRITES) else _BEGIN, {})
 
 
 def _open_postgresql(url: URL, busy_timeout_s: float) -> Engine:
@@ -153,10 +204,14 @@ def _open_postgresql(url: URL, busy_timeout_s: float) -> Engine:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """A write transaction: committed durably when the block ends, rolled back when it raises."""
-    with _translated(), engine.connect() as conn:
-        conn = conn.execution_options(**{_WRITES: True})
-        with conn.begin():
+    """A write transaction: committed durably when the block ends, rolled back when it raises. Never one in another."""
+    writer = _writers.get(engine)
+    with _translated():
+        if writer is not None:
+            with writer.transaction(engine) as conn:
+                yield conn
+            return
+        with engine.connect() as conn, conn.begin():
             yield conn
 
 
@@ -171,6 +226,55 @@ def lock(conn: Connection, key: int) -> None:
     """Wait for one of the locks named above. On SQLite the write transaction itself is that lock."""
     if conn.dialect.name == "postgresql":
         conn.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """A statement as the driver takes it; `names`: the order of its parameters, None where the driver goes by name."""
+
+    sql: str
+    names: tuple[str, ...] | None
+    fixed: Mapping[str, Any]
+
+    def filled(self, values: Mapping[str, Any]) -> Any:
+        given = {**self.fixed, **values}
+        return given if self.names is None else [given[name] for name in self.names]
+
+
+_BEGIN, _BEGIN_IMMEDIATE = _Words("BEGIN", (), {}), _Words("BEGIN IMMEDIATE", (), {})
+
+
+@lru_cache(maxsize=64)
+def _words(statement: ClauseElement, dialect: Dialect, names: tuple[str, ...]) -> _Words:
+    compiled: Any = statement.compile(dialect=dialect, column_keys=names)
+    order = tuple(compiled.positiontup) if compiled.positional else None
+    return _Words(str(compiled), order, {key: value for key, value in compiled.params.items() if value is not None})
+
+
+def straight(conn: Connection, statement: ClauseElement, *rows: Mapping[str, Any]) -> Any:
+    """Run a statement that is a constant, once for each of `rows` (all have the same keys), on the driver's own cursor;
+    return the first row of what one gives, None where it gives nothing.
+
+    What SQLAlchemy does around a statement takes four times as long as SQLite takes to run it, and a camera waits: this
+    is for what every object needs. Errors come out as from SQLAlchemy.
+    """
+    return _drive(conn, _words(statement, conn.dialect, tuple(rows[0])), *rows)
+
+
+def _drive(conn: Connection, words: _Words, *rows: Mapping[str, Any]) -> Any:
+    driver = conn.dialect.loaded_dbapi
+    try:
+        cursor = conn.connection.cursor()
+        try:
+            if len(rows) > 1:
+                cursor.executemany(words.sql, [words.filled(row) for row in rows])
+                return None
+            cursor.execute(words.sql, words.filled(rows[0]))
+            return cursor.fetchone() if cursor.description else None
+        finally:
+            cursor.close()
+    except driver.Error as error:
+        raise DBAPIError.instance(None, None, error, driver.Error, hide_parameters=True, dialect=conn.dialect) from None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from sqlalchemy import Connection, Engine, RowMapping, bindparam, func, insert, select, text
 
 from dicom_node.worklist.clock import now, read_clock, seconds_between
-from dicom_node.worklist.engine import NODE_EVENTS_LOCK, lock, reading, writing
+from dicom_node.worklist.engine import NODE_EVENTS_LOCK, lock, reading, straight, writing
 from dicom_node.worklist.tables import event_table, scan
 
 EVENTS = MappingProxyType(
@@ -125,18 +125,18 @@ def append(
         raise KeyError(event)
     if scan_id is None:
         lock(conn, NODE_EVENTS_LOCK)
-    head = conn.execute(_HEAD, {"whose": scan_id or 0}).one()
+    at, newest, before = straight(conn, _HEAD, {"whose": scan_id or 0})
     fields: dict[str, str | int | None] = {
         "scan_id": scan_id,
-        "sequence": (head.sequence or 0) + 1,
-        "at": head.at,
+        "sequence": (newest or 0) + 1,
+        "at": at,
         "revision": revision,
         "event": event,
         "from_state": from_state,
         "to_state": to_state,
         "detail": detail,
     }
-    conn.execute(_APPEND, {**fields, "digest": _digest(head.digest or "", fields)})
+    straight(conn, _APPEND, {**fields, "digest": _digest(before or "", fields)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +157,19 @@ def begin(conn: Connection, scan_id: int, at: str, revision: int, lines: Sequenc
     for sequence, line in enumerate(lines, start=1):
         if line.event not in EVENTS:
             raise KeyError(line.event)
-        fields: dict[str, str | int | None] = {"scan_id": scan_id, "sequence": sequence, "at": at, "revision": revision}
-        fields |= asdict(line)
+        fields: dict[str, str | int | None] = {
+            "scan_id": scan_id,
+            "sequence": sequence,
+            "at": at,
+            "revision": revision,
+            "event": line.event,
+            "from_state": line.from_state,
+            "to_state": line.to_state,
+            "detail": line.detail,
+        }
         digest = _digest(digest, fields)
         rows.append({**fields, "digest": digest})
-    conn.execute(_APPEND, rows)
+    straight(conn, _APPEND, *rows)
 
 
 def tells(conn: Connection, scan_id: int | None, event: str, detail: str) -> bool:
@@ -190,9 +198,12 @@ def record_event(engine: Engine, event: str, detail: str = "", *, once: bool = F
         return True
 
 
+# Made once: `json.dumps` makes another for each call that has options.
+_line_of = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode
+
+
 def _digest(previous: str, fields: dict[str, str | int | None]) -> str:
-    line = json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(f"{previous}\n{line}".encode()).hexdigest()
+    return hashlib.sha256(f"{previous}\n{_line_of(fields)}".encode()).hexdigest()
 
 
 def _event(row: RowMapping) -> Event:

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine, RowMapping, bindparam, exists, insert
 from dicom_node.whose import Identity
 from dicom_node.worklist import history
 from dicom_node.worklist.clock import now, parse, read_clock, text_of
-from dicom_node.worklist.engine import INTAKE_LOCK, lock, writing
+from dicom_node.worklist.engine import INTAKE_LOCK, lock, straight, writing
 from dicom_node.worklist.guard import Standing, change
 from dicom_node.worklist.states import NEW, QUARANTINED, REST, TransitionRefused
 from dicom_node.worklist.tables import delivery, identity, instance, result, scan
@@ -154,19 +154,20 @@ def receive(
     source_aet = _clean(source_aet)
     with writing(engine) as conn:
         lock(conn, INTAKE_LOCK)
-        heard_of = conn.execute(_HEARD_OF, {"uid": facts.sop_instance_uid, "study": facts.study_instance_uid}).one()
-        known = _known(conn, facts.sop_instance_uid) if heard_of.known else ()
+        asked = {"uid": facts.sop_instance_uid, "study": facts.study_instance_uid}
+        at, is_known, made_by, of_study = straight(conn, _HEARD_OF, asked)
+        known = _known(conn, facts.sop_instance_uid) if is_known else ()
         for row in known:
             if row["sha256"] == stored.sha256:
                 return Receipt(row["scan_id"], _state(conn, row["scan_id"]), new=False, queued=False)
         if known:
             receipt = _receive_version(conn, facts, stored, source_aet, known)
-        elif heard_of.made_by is not None:
-            receipt = _receive_returned(conn, facts, stored, source_aet, heard_of.made_by)
-        elif heard_of.of_study:
+        elif made_by is not None:
+            receipt = _receive_returned(conn, facts, stored, source_aet, made_by)
+        elif of_study:
             receipt = _join(conn, facts, stored, source_aet, rules)
         else:
-            receipt = _begin(conn, facts, stored, source_aet, rules, heard_of.at)
+            receipt = _begin(conn, facts, stored, source_aet, rules, at)
         if adopted:
             detail = f"{facts.sop_instance_uid} sha256 {stored.sha256}"
             history.append(conn, receipt.scan_id, "adopted", detail=detail)
@@ -753,7 +754,8 @@ def _insert_scan(
     revision: int,
     values: Mapping[str, Any],
 ) -> int:
-    inserted = conn.scalar(
+    (inserted,) = straight(
+        conn,
         _NEW_SCAN,
         {
             **_NOTHING_YET,
@@ -769,7 +771,7 @@ def _insert_scan(
             **values,
         },
     )
-    return int(inserted or 0)
+    return int(inserted)
 
 
 def _insert_instance(
@@ -783,7 +785,8 @@ def _insert_instance(
     verdict: str | None = None,
     candidate: bool | None = None,
 ) -> int:
-    inserted = conn.scalar(
+    (inserted,) = straight(
+        conn,
         _NEW_INSTANCE,
         {
             "scan_id": scan_id,
@@ -803,7 +806,7 @@ def _insert_instance(
             "source_aet": source_aet,
         },
     )
-    return int(inserted or 0)
+    return int(inserted)
 
 
 def _received(conn: Connection, scan_id: int, facts: HeaderFacts, stored: Stored, revision: int) -> None:
@@ -819,18 +822,22 @@ def _clean(text: str) -> str:
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 
+_FROM_THE_HEADER = (
+    "study_instance_uid",
+    "series_instance_uid",
+    "patient_id",
+    "issuer_of_patient_id",
+    "patient_name",
+    "accession_number",
+    "timezone_offset_from_utc",
+)
+
+
 def storable(facts: HeaderFacts) -> HeaderFacts:
     """The facts as the tables hold them."""
-    return replace(
-        facts,
-        study_instance_uid=_clean(facts.study_instance_uid),
-        series_instance_uid=_clean(facts.series_instance_uid),
-        patient_id=_clean(facts.patient_id),
-        issuer_of_patient_id=_clean(facts.issuer_of_patient_id),
-        patient_name=_clean(facts.patient_name),
-        accession_number=_clean(facts.accession_number),
-        timezone_offset_from_utc=_clean(facts.timezone_offset_from_utc),
-    )
+    said: dict[str, Any] = {name: getattr(facts, name) for name in _FROM_THE_HEADER}
+    clean: dict[str, Any] = {name: _clean(text) for name, text in said.items()}
+    return facts if clean == said else replace(facts, **clean)
 
 
 def _facts_json(facts: HeaderFacts) -> str:

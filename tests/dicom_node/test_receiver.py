@@ -30,16 +30,17 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
 from sqlalchemy import Engine
 
-from dicom_node import spool, worklist
+from dicom_node import receiver, spool, worklist
 from dicom_node.errors import RemnantError
 from dicom_node.receiver import Receiver, refusal
 from dicom_node.settings import Settings, Source
 from dicom_node.spool import Spool
-from dicom_node.transport import Peer
+from dicom_node.transport import C_STORE_RQ, Peer, Request
 from dicom_node.transport.connection import _plain
 from dicom_node.wake import Bell
 from pipeline.camera import examination, expose, foreign
 from pipeline.phantom import phantom
+from pipeline.views import HeaderFacts, early_facts, header_facts
 
 VERIFICATION = "1.2.840.10008.1.1"
 CAMERA = {"ae_title": "OPTIMA1", "hosts": ["127.0.0.1"]}
@@ -272,6 +273,71 @@ def test_command_and_dataset_that_disagree_on_the_class_are_refused(house: House
 def test_what_is_no_dataset_is_refused(house: House, scan: Dataset, data: bytes) -> None:
     assert house.put(str(scan.SOPClassUID), str(scan.SOPInstanceUID), data) == 0xC000
     assert house.rows() == house.kept() == []
+
+
+@contextmanager
+def arriving(house: House, ds: Dataset, **named: str) -> Iterator[Any]:
+    """What the receiver makes of an object while it comes, by itself."""
+    named = {"sop_class_uid": str(ds.SOPClassUID), "sop_instance_uid": str(ds.SOPInstanceUID)} | named
+    request = Request(
+        peer=Peer("127.0.0.1", "OPTIMA1", "REMNANT"),
+        abstract_syntax_uid=str(ds.SOPClassUID),
+        transfer_syntax_uid=str(ExplicitVRLittleEndian),
+        data=b"",
+        excess="",
+        **named,
+    )
+    begun = house.receiver._server.service.drafts[C_STORE_RQ](request)  # type: ignore[union-attr] # it was started
+    yield begun
+    begun.drop()
+
+
+@pytest.mark.parametrize("size", [16_378, 131_072], ids=str)
+def test_an_object_is_written_while_it_comes_and_nothing_stays_of_one_that_does_not_come_whole(
+    house: House, scan: Dataset, size: int
+) -> None:
+    data = memoryview(encoded(scan))
+    with arriving(house, scan) as half:
+        for at in range(0, 200_000, size):
+            half.add(data[at : at + size])
+        (file,) = house.kept()
+        assert 100_000 < file.stat().st_size < len(data)
+    assert house.kept() == []
+
+
+@pytest.mark.parametrize("wrong", [{"sop_instance_uid": "1.2.3"}, {"sop_class_uid": "1.2.3"}, {"sop_class_uid": "x"}])
+def test_of_an_object_that_will_be_refused_nothing_is_written_early(
+    house: House, scan: Dataset, wrong: dict[str, str]
+) -> None:
+    with arriving(house, scan, **wrong) as doubtful:
+        doubtful.add(memoryview(encoded(scan))[:200_000])
+        assert house.kept() == []
+
+
+def test_a_header_in_single_bytes_is_not_read_for_each_of_them(
+    house: House, scan: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+
+    def look(beginning: bytes, syntax: str) -> HeaderFacts | None:
+        looks.append(len(beginning))
+        return early_facts(beginning, syntax)
+
+    monkeypatch.setattr(receiver, "early_facts", look)
+    data = memoryview(encoded(scan))
+    with arriving(house, scan) as slow:
+        for at in range(20_000):
+            slow.add(data[at : at + 1])
+        assert slow.facts == header_facts(bytes(data[: 256 * 1024]), str(ExplicitVRLittleEndian))
+    assert len(looks) < 20
+
+
+def test_a_fault_before_the_end_of_an_object_costs_nothing_but_time(
+    house: House, scan: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver, "early_facts", lambda *_: 1 / 0)
+    assert house.store_object(scan) == 0x0000
+    assert len(house.kept()) == len(house.rows()) == 1
 
 
 def test_below_the_reserve_nothing_is_written_and_the_camera_is_told_to_try_again(

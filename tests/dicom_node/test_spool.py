@@ -33,6 +33,78 @@ def test_an_object_lies_under_the_digest_of_its_dataset_whole(store: Spool) -> N
     assert files(store.incoming) == []
 
 
+@pytest.mark.parametrize("size", [1, 1000, 70_000, 300_000], ids=str)
+def test_an_object_that_comes_in_pieces_is_the_same_file(store: Spool, size: int) -> None:
+    data = DATASET * 30
+    begun = spool.Begun(store, PREAMBLE)
+    for at in range(0, len(data), size):
+        begun.add(memoryview(data)[at : at + size])
+    name, digest = spool.put_object(store, PREAMBLE, data, begun)
+    assert digest == hashlib.sha256(data).hexdigest()
+    assert (store.objects / name).read_bytes() == PREAMBLE + data
+    assert files(store.incoming) == []
+    begun.drop()
+    assert (store.objects / name).exists(), "what has its name stays"
+
+
+def test_an_object_that_comes_is_written_before_its_end_and_leaves_nothing_where_that_does_not_come(
+    store: Spool,
+) -> None:
+    begun = spool.Begun(store, PREAMBLE)
+    begun.add(DATASET)
+    assert files(store.incoming) == [], "too little to be worth a call"
+    begun.add(DATASET * 10)
+    (half,) = store.incoming.iterdir()
+    assert half.read_bytes() == PREAMBLE + DATASET * 11
+    begun.drop()
+    begun.drop()
+    assert files(store.incoming) == files(store.objects) == []
+
+
+def test_what_was_begun_of_another_dataset_is_not_taken_for_this_one(store: Spool) -> None:
+    begun = spool.Begun(store, PREAMBLE)
+    begun.add(DATASET * 10)
+    name, _ = spool.put_object(store, PREAMBLE, DATASET * 20, begun)
+    assert (store.objects / name).read_bytes() == PREAMBLE + DATASET * 20
+    begun.drop()
+    assert files(store.incoming) == []
+
+
+@pytest.mark.parametrize("refused_for", [1, 2], ids=["once", "twice"])
+def test_a_disk_that_refuses_the_beginning_is_asked_once_more_at_the_end(
+    store: Spool, monkeypatch: pytest.MonkeyPatch, refused_for: int
+) -> None:
+    write, calls = os.write, iter(range(100))
+
+    def full(descriptor: int, data: memoryview) -> int:
+        if next(calls) < refused_for:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    begun = spool.Begun(store, PREAMBLE)
+    begun.add(DATASET * 20)
+    begun.add(DATASET)
+    assert files(store.incoming) == []
+    if refused_for == 1:
+        name, _ = spool.put_object(store, PREAMBLE, DATASET * 21, begun)
+        assert (store.objects / name).read_bytes() == PREAMBLE + DATASET * 21
+    else:
+        with pytest.raises(StorageError, match="No space left"):
+            spool.put_object(store, PREAMBLE, DATASET * 21, begun)
+        assert files(store.objects) == []
+    assert files(store.incoming) == []
+
+
+def test_the_reserve_holds_for_what_is_written_before_the_end_too(tmp_path: Path) -> None:
+    full = spool.open_spool(tmp_path / "var", min_free=2**62)
+    begun = spool.Begun(full, PREAMBLE)
+    begun.add(DATASET * 20)
+    assert files(full.incoming) == []
+    with pytest.raises(StorageError, match="below the reserve"):
+        spool.put_object(full, PREAMBLE, DATASET * 20, begun)
+
+
 def test_a_result_lies_under_the_digest_of_the_whole_file(store: Spool) -> None:
     name, digest = spool.put_result(store, PREAMBLE + DATASET)
     assert digest == hashlib.sha256(PREAMBLE + DATASET).hexdigest()

@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 
 from dicom_node import tls, transport
 from dicom_node.settings import TLS
-from dicom_node.transport import C_STORE_RQ, Door, Limits, Peer, Refusal, Request, Server, Service
+from dicom_node.transport import C_STORE_RQ, Answer, Door, Limits, Peer, Refusal, Request, Server, Service
 
 VERIFICATION = "1.2.840.10008.1.1"
 NM = "1.2.840.10008.5.1.4.1.1.20"
@@ -40,15 +40,36 @@ class Desk:
 
     def __init__(self) -> None:
         self.taken: list[Request] = []
+        self.drafts: list[Draft] = []
+        self.behind: list[str] = []
         self.reached = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def store(self, request: Request) -> int:
+    def store(self, request: Request) -> Answer:
         self.reached.set()
         assert self.go_on.wait(20)
         self.taken.append(request)
-        return 0
+        return Answer(0, lambda: self.behind.append(request.sop_instance_uid))
+
+    def begin(self, request: Request) -> "Draft":
+        self.drafts.append(Draft(request))
+        return self.drafts[-1]
+
+
+class Draft:
+    """What the server under test lets work on a data set while it comes."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.pieces: list[bytes] = []
+        self.dropped = 0
+
+    def add(self, piece: memoryview) -> None:
+        self.pieces.append(bytes(piece))
+
+    def drop(self) -> None:
+        self.dropped += 1
 
 
 CALLERS: WeakKeyDictionary[Server, ssl.SSLContext] = WeakKeyDictionary()
@@ -66,6 +87,8 @@ def secured(request: pytest.FixtureRequest) -> TLS | None:
 
 @contextmanager
 def serving(limits: Limits, desk: Desk | None = None, secured: TLS | None = None) -> Iterator[Server]:
+    desk = desk or Desk()
+
     def admit(peer: Peer) -> Refusal | None:
         return REFUSED if peer.calling_ae_title == "STRANGER" else None
 
@@ -75,7 +98,8 @@ def serving(limits: Limits, desk: Desk | None = None, secured: TLS | None = None
         implementation_version_name="TEST",
         limits=limits,
         admit=admit,
-        handlers={C_STORE_RQ: (desk or Desk()).store},
+        handlers={C_STORE_RQ: desk.store},
+        drafts={C_STORE_RQ: desk.begin},
     )
     server = transport.listen([Door(("127.0.0.1", 0), tls.server_context(secured) if secured else None)], service)
     if secured:
@@ -576,6 +600,62 @@ def test_an_object_beyond_the_bound_is_handed_over_as_too_long_and_the_next_one_
             camera.say(STORE_COMMAND + values((3, 0, bytes(size - 500)), (3, 2, bytes(500))))
             assert camera.hear()[0] == 4
         assert [(len(one.data), one.excess) for one in desk.taken] == [(0, "object"), (1000, "")]
+
+
+def test_a_data_set_can_be_worked_on_while_it_comes_until_it_is_answered() -> None:
+    desk = Desk()
+    desk.go_on.clear()
+    with serving(PATIENT, desk) as server, line(server) as camera:
+        camera.open().say(STORE_COMMAND + values((3, 0, b"first"), (3, 0, b"second")))
+        assert until(lambda: bool(desk.drafts) and desk.drafts[0].pieces == [b"first", b"second"])
+        assert (desk.drafts[0].request.abstract_syntax_uid, desk.drafts[0].request.data) == (NM, b"")
+        camera.say(values((3, 2, b"last")))
+        assert desk.reached.wait(20)
+        assert desk.drafts[0].dropped == 0
+        desk.go_on.set()
+        assert camera.hear()[0] == 4
+        assert until(lambda: desk.drafts[0].dropped == 1)
+        assert desk.taken[0].draft is desk.drafts[0]
+        assert (desk.taken[0].data, desk.drafts[0].pieces[2:]) == (b"firstsecondlast", [b"last"])
+        camera.say(STORE_COMMAND + values((3, 2, b"another")))
+        assert camera.hear()[0] == 4
+        assert [one.pieces for one in desk.drafts[1:]] == [[b"another"]]
+
+
+def test_what_need_not_be_waited_for_is_done_behind_the_answer_also_where_nobody_hears_it() -> None:
+    desk = Desk()
+    with serving(PATIENT, desk) as server:
+        with line(server) as camera:
+            camera.open().say(STORE_COMMAND + values((3, 2, b"data")))
+            assert camera.hear()[0] == 4
+            assert until(lambda: desk.behind == ["1.2.3"])
+        desk.go_on.clear()
+        desk.reached.clear()
+        with line(server) as camera:
+            camera.open().say(STORE_COMMAND + values((3, 2, b"data")))
+            assert desk.reached.wait(20)
+            camera.stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+        desk.go_on.set()
+        assert until(lambda: len(desk.behind) == 2)
+
+
+@pytest.mark.parametrize("rest", [b"", values((3, 3, b"a command where data should be"))], ids=["gone", "wrong"])
+def test_work_on_a_data_set_that_does_not_come_to_its_end_is_dropped(rest: bytes) -> None:
+    desk = Desk()
+    with serving(PATIENT, desk) as server:
+        with line(server) as camera:
+            camera.open().say(STORE_COMMAND + values((3, 0, b"half of the da")) + rest)
+            assert until(lambda: bool(desk.drafts))
+        assert until(lambda: desk.drafts[0].dropped == 1)
+    assert desk.taken == []
+
+
+def test_work_on_a_data_set_that_grows_too_long_is_dropped_at_once() -> None:
+    desk = Desk()
+    with serving(replace(PATIENT, object_bytes=1000), desk) as server, line(server) as camera:
+        camera.open().say(STORE_COMMAND + values((3, 0, bytes(900)), (3, 0, bytes(900))))
+        assert until(lambda: bool(desk.drafts) and desk.drafts[0].dropped > 0)
+        assert desk.drafts[0].pieces == [bytes(900)]
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sqlalchemy import text
@@ -85,6 +86,53 @@ def test_a_transaction_that_fails_in_the_middle_leaves_nothing(camera):
     with pytest.raises(ZeroDivisionError):
         fail_half_way()
     assert worklist.rows(camera.engine)[0]["last_error"] is None
+
+
+def test_threads_that_write_wait_for_their_turn_and_one_that_waits_too_long_is_told_so(tmp_path):
+    engine = worklist.open_worklist(f"sqlite:///{tmp_path / 'worklist.db'}", busy_timeout_s=0.2)
+    worklist.upgrade(engine)
+    told = []
+
+    def write():
+        try:
+            worklist.record_event(engine, "node", "waited")
+        except worklist.DatabaseUnavailable as error:
+            told.append(error)
+
+    with writing(engine) as conn:
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        conn.execute(text("SELECT 1"))
+    assert [error.retry for error in told] == [True]
+    assert "busy timeout" in str(told[0])
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 1, "each of them had its turn"
+    assert len(worklist.events(engine, None)) == 8
+    engine.dispose()
+
+
+def test_no_file_of_the_worklist_stays_open_behind_an_engine_that_was_disposed_of(tmp_path):
+    path = tmp_path / "worklist.db"
+    engine = worklist.open_worklist(f"sqlite:///{path}")
+    worklist.upgrade(engine)
+    worklist.record_event(engine, "node", "started")
+    folder = Path("/proc/self/fd")
+
+    def held():
+        return [one for one in folder.iterdir() if one.is_symlink() and str(one.readlink()).startswith(str(path))]
+
+    assert held()
+    engine.dispose()
+    assert held() == []
+    worklist.record_event(engine, "node", "started again")
+    assert len(worklist.events(engine, None)) == 2
+    engine.dispose()
 
 
 def test_many_associations_may_send_parts_of_one_study_at_once(camera):

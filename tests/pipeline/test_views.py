@@ -43,6 +43,7 @@ from pipeline.views import (
     UnreadableHeader,
     UnusableScan,
     counts_accumulated_matches,
+    early_facts,
     facts_of,
     group,
     header_facts,
@@ -424,6 +425,17 @@ def test_a_header_may_be_cut_anywhere_from_the_pixels_on() -> None:
     at = data.index(struct.pack("<HH2s", 0x7FE0, 0x0010, b"OW"))
     for cut in (at, at + 2, at + 4, at + 7, at + 12, at + 100):
         assert header_facts(data[:cut], ExplicitVRLittleEndian) == whole
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+def test_what_is_known_of_a_dataset_early_is_what_is_known_of_the_whole(syntax: str) -> None:
+    data = encoded(scan_of(), syntax)
+    whole = header_facts(data[:HEADER_LIMIT], syntax)
+    seen = [early_facts(data[:cut], syntax) for cut in range(0, 6000, 7)]
+    assert {facts for facts in seen if facts is not None} == (
+        {whole} if syntax != DeflatedExplicitVRLittleEndian else set()
+    )
+    assert seen[0] is None
 
 
 def test_private_junk_and_bad_values_pass_without_a_sound() -> None:
