@@ -27,8 +27,9 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from models import metrics
+from models import metrics, weights
 from models.train import TrainingSettings, logits, train
 from pipeline.cohort import CohortPlan
 from pipeline.phantom import phantom
@@ -65,7 +66,8 @@ class Scale:
     """How much one comparison sees. `name`: of its page. `variants`: the rows, `plain` first.
 
     `outlined`: whether any variant needs GrabCut's mask, which takes longer than everything else; else its layer is 0.
-    `trainings`: of each variant, from other random numbers.
+    `trainings`: of each variant, from other random numbers. `beside`: name of weights that are measured on the same
+    tests, for reference.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Scale:
     variants: tuple[str, ...]
     outlined: bool
     trainings: int = 1
+    beside: str = ""
 
     def rows(self) -> tuple[tuple[str, str, int], ...]:
         """(name of the row, variant, seed) in the order in which they are trained: each variant once, then again."""
@@ -169,6 +172,7 @@ LARGE: Final = Scale(
     ("plain", "equalized", "plain_hazed"),
     outlined=False,
     trainings=2,
+    beside="remnant-resnet18-phantom",
 )
 """Whether what helped with few scans still helps with more: no mask, and the tests four times as large."""
 
@@ -241,20 +245,40 @@ def run(work: Path, processes: int, say: Callable[[str], None], scale: Scale = S
         # Shown to the network as often as the others: a view of its own counts as half a pair.
         settings = replace(scale.settings, epoch_images=inputs * len(labels), seed=seed, **CHANGES.get(variant, {}))
         network = train(images, np.repeat(labels, inputs), settings, checkpoint=work / f"{row_name}.pt")
-        row: dict[str, Any] = {}
-        for name in TESTED:
-            unseen, truth, _ = sets[name]
-            scores = logits(network, make(unseen), settings).reshape(len(truth), -1).mean(axis=1)
-            low, high = metrics.roc_auc_interval(truth, scores)
-            row[name] = {"auc": metrics.roc_auc(truth, scores), "low": low, "high": high}
-            np.save(work / f"{row_name}.{name}.npy", scores)
-        row["seconds"] = round(time.monotonic() - started)
-        rows[row_name] = row
+        measured = _measured(work, row_name, network, settings, make, sets)
+        rows[row_name] = {**measured, "seconds": round(time.monotonic() - started)}
         path.write_text(json.dumps(rows, indent=2) + "\n")
-        say(f"{row_name}: {json.dumps(row)}")
+        say(f"{row_name}: {json.dumps(rows[row_name])}")
         write_page(work, rows, truths, scale)
+    if scale.beside and scale.beside not in rows:
+        model = weights.load(scale.beside)
+        shown = model.record.input
+        settings = replace(scale.settings, scale=shown.scale, mean=shown.mean, std=shown.std)
+        measured = _measured(work, scale.beside, model.network, settings, VARIANTS["plain"], sets)
+        record = model.record
+        rows[scale.beside] = {**measured, "version": record.version, "pairs": round(record.metrics["training_pairs"])}
+        path.write_text(json.dumps(rows, indent=2) + "\n")
     write_page(work, rows, truths, scale)
     return path
+
+
+def _measured(
+    work: Path,
+    row: str,
+    network: nn.Module,
+    settings: TrainingSettings,
+    make: Callable[[Planes], Planes],
+    sets: Mapping[str, tuple[Planes, NDArray[np.uint8], NDArray[Any]]],
+) -> dict[str, Any]:
+    """Areas of a network on the sets of `TESTED`; its scores are kept in `work`, for comparing rows."""
+    found: dict[str, Any] = {}
+    for name in TESTED:
+        unseen, truth, _ = sets[name]
+        scores = logits(network, make(unseen), settings).reshape(len(truth), -1).mean(axis=1)
+        low, high = metrics.roc_auc_interval(truth, scores)
+        found[name] = {"auc": metrics.roc_auc(truth, scores), "low": low, "high": high}
+        np.save(work / f"{row}.{name}.npy", scores)
+    return found
 
 
 def write_page(work: Path, rows: Mapping[str, Any], truths: Mapping[str, NDArray[np.uint8]], scale: Scale) -> None:
@@ -298,14 +322,22 @@ def page(
             continue
         cells = []
         for name in TESTED:
-            found = rows[row][name]
-            cells.append(f"{found['auc']:.4f} ({found['low']:.4f}-{found['high']:.4f})")
+            cells.append(_area(rows[row][name]))
             plain = scores.get((row.replace(variant, "plain", 1), name))
             p_value: float | str = ""
             if variant != "plain" and plain is not None and (row, name) in scores:
                 p_value = metrics.compare_areas(truths[name], plain, scores[row, name]).p_value
             cells.append("" if isinstance(p_value, str) else "<0.0001" if p_value < 1e-4 else f"{p_value:.4f}")
         lines.append(f"| {told} | {' | '.join(cells)} | {rows[row]['seconds'] / 60:.0f} |")
+    if scale.beside in rows:
+        found = rows[scale.beside]
+        lines += [
+            "",
+            f"On the same tests the shipped weights (`{scale.beside}`, version {found['version']}), which see plain "
+            f"counts too and were trained longer and on {found['pairs']:,} other and harder pairs: "
+            + ", ".join(f"{_area(found[name])} ({name.replace('_', ' ')})" for name in TESTED)
+            + ".",
+        ]
     if not scale.outlined:
         return "\n".join(lines) + "\n"
     kept = rows["mask_kept_or_not"]
@@ -316,6 +348,10 @@ def page(
         f"network, has an AUC of {leak}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _area(found: Mapping[str, float]) -> str:
+    return f"{found['auc']:.4f} ({found['low']:.4f}-{found['high']:.4f})"
 
 
 def main() -> None:

@@ -30,7 +30,9 @@ def test_the_larger_comparison_needs_no_mask_and_says_what_it_compares(tmp_path:
     assert ["seed 131" in row for row in lines] == [True, False] * 3
     assert "GrabCut" not in page
     rows = json.loads(path.read_text(encoding="utf-8"))
-    assert set(rows) == {"plain", "plain-2", "equalized", "equalized-2", "plain_hazed", "plain_hazed-2"}
+    trained = {"plain", "plain-2", "equalized", "equalized-2", "plain_hazed", "plain_hazed-2"}
+    assert set(rows) == trained | {LARGE.beside}
+    assert f"the shipped weights (`{LARGE.beside}`" in page
     first, second = (np.load(tmp_path / f"{name}.other_camera.npy") for name in ("plain", "plain-2"))
     assert not np.array_equal(first, second), "another training starts from other random numbers"
 
