@@ -32,7 +32,7 @@ from dicom_node.transport.dimse import Inbox, Memory, Violation, read_command, r
 from dicom_node.transport.negotiation import Malformed, accept, read_request
 from pipeline.camera import examination, expose, foreign
 from pipeline.phantom import phantom
-from pipeline.views import UnreadableHeader, UnusableScan, header_facts, view_images
+from pipeline.views import UnreadableHeader, UnusableScan, early_facts, header_facts, view_images
 
 LIMIT_S = float(os.environ.get("FUZZ_S", "600"))
 FIRST_SEED = int(os.environ.get("FUZZ_SEED", "1"))
@@ -164,7 +164,18 @@ def a_header(draw: st.DrawFn) -> Callable[[], object]:
     original, syntax = draw(st.sampled_from(HEADERS))
     data = draw(changed(original) | st.binary(max_size=300))
     named = str(draw(st.sampled_from((syntax, *SYNTAXES))))
-    return lambda: header_facts(data, named)
+    cut = draw(st.integers(0, len(data)))
+
+    def read() -> None:
+        """A beginning says of the whole what the whole says, or nothing."""
+        try:
+            early = early_facts(data[:cut], named)
+        except UnreadableHeader:
+            early = None
+        whole = header_facts(data, named)
+        assert early is None or early == whole
+
+    return read
 
 
 def a_stored_object(draw: st.DrawFn) -> Callable[[], object]:

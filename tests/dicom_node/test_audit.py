@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -378,28 +378,39 @@ from dicom_node.audit import AuditSpool
 held = AuditSpool(Path(sys.argv[1]), 2**26)
 for number in range(10**6):
     if held.append(b"<85>1 %06d %b</AuditMessage>" % (number, b"x" * 3000)):
-        print(number, flush=True)
+        print("recorded", number, flush=True)
 """
+
+
+def recorded(lines: Iterable[str]) -> Iterator[int]:
+    """What a writer says that it recorded; its log, which tells of a lock that others hold too long, comes between."""
+    return (int(line.split()[1]) for line in lines if line.startswith("recorded ") and line.endswith("\n"))
+
+
+@contextmanager
+def three_writers(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that record without a pause until the block ends."""
+    with ExitStack() as ending:
+        writers = []
+        for _ in range(3):
+            command = [sys.executable, "-c", WRITER, str(folder)]
+            writers.append(ending.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+            ending.callback(writers[-1].kill)
+        yield writers
 
 
 def test_a_kill_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
     """Three writers at once, killed anywhere, while somebody sends."""
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "audit")], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
     held = AuditSpool(tmp_path / "audit", 2**26)
     told: list[int] = []
     found: list[int] = []
-    for writer, most in zip(writers, (40, 60, 80), strict=True):
-        assert writer.stdout is not None
-        for line in itertools.islice(writer.stdout, most):
-            told.append(int(line))
-        found += numbers(drained(held))
-        os.kill(writer.pid, signal.SIGKILL)
-        told += [int(line) for line in writer.stdout if line.endswith("\n")]
-        writer.stdout.close()
-        writer.wait()
+    with three_writers(tmp_path / "audit") as writers:
+        for writer, most in zip(writers, (40, 60, 80), strict=True):
+            assert writer.stdout is not None
+            told += itertools.islice(recorded(writer.stdout), most)
+            found += numbers(drained(held))
+            os.kill(writer.pid, signal.SIGKILL)
+            told += recorded(writer.stdout)
     found += numbers(drained(held))
     assert [number for number in told if found.count(number) < told.count(number)] == []
     assert len(found) - len(told) in range(4)  # written, and killed before it could say so
@@ -696,21 +707,12 @@ def test_the_thread_sends_by_itself_and_ends_when_told(tmp_path: Path) -> None:
     assert [event_of(read(one))[1] for one in listener.taken] == ["110120", "110121"]
 
 
+@pytest.mark.alone
 def test_writers_that_never_pause_wait_for_each_other_and_nothing_is_left_out(tmp_path: Path) -> None:
     """As under an attack: the receiver writes as fast as it can, and what worker and sender have to say must stand."""
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "audit")], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
     held = AuditSpool(tmp_path / "audit", 2**26)
-    try:
+    with three_writers(tmp_path / "audit") as writers:
         for writer in writers:
             assert writer.stdout is not None
-            assert [int(line) for line in itertools.islice(writer.stdout, 300)] == list(range(300))
+            assert list(itertools.islice(recorded(writer.stdout), 300)) == list(range(300))
         assert held.left_out() is None
-    finally:
-        for writer in writers:
-            writer.kill()
-            if writer.stdout is not None:
-                writer.stdout.close()
-            writer.wait()
