@@ -246,6 +246,12 @@ def run(work: Path, processes: int, say: Callable[[str], None], scale: Scale = S
         settings = replace(scale.settings, epoch_images=inputs * len(labels), seed=seed, **CHANGES.get(variant, {}))
         network = train(images, np.repeat(labels, inputs), settings, checkpoint=work / f"{row_name}.pt")
         measured = _measured(work, row_name, network, settings, make, sets)
+        # Of the same turn: trained from the same random numbers.
+        plain = row_name.replace(variant, "plain", 1)
+        for name in TESTED if variant != "plain" else ():
+            paths = [work / f"{one}.{name}.npy" for one in (plain, row_name)]
+            if paths[0].exists():
+                measured[name]["p"] = metrics.compare_areas(truths[name], *map(np.load, paths)).p_value
         rows[row_name] = {**measured, "seconds": round(time.monotonic() - started)}
         path.write_text(json.dumps(rows, indent=2) + "\n")
         say(f"{row_name}: {json.dumps(rows[row_name])}")
@@ -282,22 +288,16 @@ def _measured(
 
 
 def write_page(work: Path, rows: Mapping[str, Any], truths: Mapping[str, NDArray[np.uint8]], scale: Scale) -> None:
-    """`NAME.md` of the rows there are; a row without its scores beside it is not compared with others."""
-    paths = {(row, name): work / f"{row}.{name}.npy" for row, _, _ in scale.rows() if row in rows for name in TESTED}
-    scores = {key: np.load(path) for key, path in paths.items() if path.exists()}
-    (work / f"{scale.name}.md").write_text(page(rows, truths, scores, scale), encoding="utf-8")
+    """`NAME.md` of the rows there are."""
+    (work / f"{scale.name}.md").write_text(page(rows, truths, scale), encoding="utf-8")
 
 
 def page(
     rows: Mapping[str, Any],
     truths: Mapping[str, NDArray[np.uint8]],
-    scores: Mapping[tuple[str, str], NDArray[np.float64]],
     scale: Scale = SMALL,
 ) -> str:
-    """Markdown for `models/cards/`.
-
-    `rows`: of `NAME.json`; `truths`: set -> labels (P,); `scores`: (row, set) -> (P,).
-    """
+    """Markdown for `models/cards/`. `rows`: of `NAME.json`; `truths`: set -> labels (P,)."""
     again = ", but shows between its lines" if scale.trainings > 1 else ""
     epochs = " and ".join(f"{count} epochs at {edge} pixels" for count, edge in scale.settings.stages)
     lines = [
@@ -323,11 +323,8 @@ def page(
         cells = []
         for name in TESTED:
             cells.append(_area(rows[row][name]))
-            plain = scores.get((row.replace(variant, "plain", 1), name))
-            p_value: float | str = ""
-            if variant != "plain" and plain is not None and (row, name) in scores:
-                p_value = metrics.compare_areas(truths[name], plain, scores[row, name]).p_value
-            cells.append("" if isinstance(p_value, str) else "<0.0001" if p_value < 1e-4 else f"{p_value:.4f}")
+            p_value = rows[row][name].get("p", "")
+            cells.append(p_value if isinstance(p_value, str) else "<0.0001" if p_value < 1e-4 else f"{p_value:.4f}")
         lines.append(f"| {told} | {' | '.join(cells)} | {rows[row]['seconds'] / 60:.0f} |")
     if scale.beside in rows:
         found = rows[scale.beside]
