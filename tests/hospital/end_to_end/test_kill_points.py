@@ -209,19 +209,7 @@ def test_a_worker_killed_at_any_point_makes_each_result_once_with_the_same_bytes
     peer: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    archive = make_archive()
-    archive.storage_commitment = False
-    node = make_node(archive).start("receive").start("work").start("send")
-    seeds = _seeds(810)
-
-    def scan() -> str:
-        ds = _scan(next(seeds))
-        camera(node.port, ds)
-        return str(ds[0].StudyInstanceUID)
-
-    def settle() -> None:
-        node.wait_for_rows(len(node.rows()), ("delivered",))
-
+    node, archive, scan, settle = _whole_node(make_node, make_archive, camera, 810)
     points = {name: one.point for name, one in WORKING.items()}
     killer = Killer(peer("strace"), wait, tmp_path, node, "work", points, scan, settle)
     for name, expected in WORKING.items():
@@ -251,19 +239,7 @@ def test_a_sender_killed_at_any_point_sends_again_only_what_may_not_have_arrived
     peer: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    archive = make_archive()
-    archive.storage_commitment = False
-    node = make_node(archive).start("receive").start("work").start("send")
-    seeds = _seeds(910)
-
-    def scan() -> str:
-        ds = _scan(next(seeds))
-        camera(node.port, ds)
-        return str(ds[0].StudyInstanceUID)
-
-    def settle() -> None:
-        node.wait_for_rows(len(node.rows()), ("delivered",))
-
+    node, archive, scan, settle = _whole_node(make_node, make_archive, camera, 910)
     points = {name: one.point for name, one in SENDING.items()}
     killer = Killer(peer("strace"), wait, tmp_path, node, "send", points, scan, settle)
     for name, expected in SENDING.items():
@@ -273,6 +249,27 @@ def test_a_sender_killed_at_any_point_sends_again_only_what_may_not_have_arrived
         node.start("send")
         settle()
         _hold_together(node, archive, sent={study: (1 + expected.resent[0], 1 + expected.resent[1])})
+
+
+def _whole_node(
+    make_node: Callable[..., Any], make_archive: Callable[..., Any], camera: Callable[..., None], first_seed: int
+) -> tuple[Any, Any, Callable[[], str], Callable[[], None]]:
+    """A node with its archive, what sends it one more scan (and returns the study), and what waits until all is
+    delivered."""
+    archive = make_archive()
+    archive.storage_commitment = False
+    node = make_node(archive).start("receive").start("work").start("send")
+    seeds = _seeds(first_seed)
+
+    def scan() -> str:
+        ds = _scan(next(seeds))
+        camera(node.port, ds)
+        return str(ds[0].StudyInstanceUID)
+
+    def settle() -> None:
+        node.wait_for_rows(len(node.rows()), ("delivered",))
+
+    return node, archive, scan, settle
 
 
 def _row_of(node: Any, study: str) -> dict[str, Any]:
