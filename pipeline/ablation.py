@@ -149,7 +149,7 @@ TOLD: Final = MappingProxyType(
         "mask_alone": "`mask_alone`: nothing but the mask's outline",
     }
 )
-CHANGES: Final[Mapping[str, Mapping[str, float]]] = MappingProxyType({"plain_hazed": {"haze": 0.4, "brightness": 1.5}})
+CHANGES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"plain_hazed": {"haze": 0.4, "brightness": 1.5}})
 """Variant -> what its training sets otherwise."""
 TESTED: Final = ("same_cameras", "other_camera")
 SETTINGS: Final = TrainingSettings(
