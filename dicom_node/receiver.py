@@ -92,6 +92,7 @@ class Receiver:
             timezone=settings.zone,
         )
         self._server: Server | None = None
+        self._journal = spool.open_journal(store) if settings.storage.journal else None
         self._refusals = log.Pace()
 
     def start(self) -> tuple[str, int]:
@@ -136,6 +137,8 @@ class Receiver:
                 f"The receiver cannot listen on {host} port {ports}: {error.strerror or error}.",
                 hint=f"Is another node running? Choose another [node] port{' or [tls] port' if tls.on else ''}.",
             ) from error
+        if self._journal is not None:
+            self._journal.start()
         for door, (bound, port) in zip(doors, server.addresses, strict=True):
             _log.info(
                 "listening", host=bound, port=port, tls=door.tls is not None, ae_title=self._settings.node.ae_title
@@ -151,6 +154,8 @@ class Receiver:
         """Stop accepting, let a C-STORE under way come to its status, abort what remains: within about 10 s."""
         if self._server is not None:
             self._server.stop(_STOP_S)
+            if self._journal is not None:
+                self._journal.stop()
         unsaid = self._refusals.rest()
         if unsaid:
             _log.warning("store_refused", lines_left_out=unsaid)
@@ -264,13 +269,16 @@ class Receiver:
         if not _is_of(request, facts):
             return DOES_NOT_MATCH, {"why": "command and dataset disagree on class or instance"}
         begun = arriving.begun if arriving else None
-        name, digest = spool.put_object(self._spool, _preamble(request), dataset, begun)
-        stored = worklist.Stored(
-            spool_name=name, sha256=digest, size_bytes=len(dataset), transfer_syntax_uid=transfer_syntax_uid
-        )
-        receipt = worklist.receive(
-            self._engine, facts, stored, source_aet=request.peer.calling_ae_title, rules=self._rules
-        )
+        with spool.placing(self._spool, _preamble(request), dataset, begun, self._journal) as placed:
+            stored = worklist.Stored(placed.name, placed.sha256, len(dataset), transfer_syntax_uid)
+            receipt = worklist.receive(
+                self._engine,
+                facts,
+                stored,
+                source_aet=request.peer.calling_ae_title,
+                rules=self._rules,
+                settle=placed.settle,
+            )
         if receipt.queued:
             self._worker_bell.ring()
         whose = Identity(

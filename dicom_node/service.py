@@ -118,6 +118,7 @@ def run_receiver(settings: Settings, *, supervised: bool) -> None:
     if not supervised:  # what ran must not stay down because a certificate has expired: plain sources may still call
         tls.refuse_unfit(settings)
     with _role("receive", settings, supervised=supervised) as (house, stop):
+        spool.restore(house.spool)  # once more: a predecessor may have died since the spool was opened
         _clear_unfinished(house, house.spool.incoming)
         receiver = Receiver(settings, house.engine, house.spool, Bell(house.spool.run / "worker.bell"), house.recorder)
         host, port = receiver.start()

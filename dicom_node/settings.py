@@ -124,6 +124,9 @@ class Storage(_Section):
     """Folder of spool, quarantine and results; relative to the working directory."""
     min_free: Size = ByteSize(2 * 1024**3)
     """Free space kept in reserve; below it the receiver answers A700 before anything is written. 2 GiB: 8,000 scans."""
+    journal: bool = True
+    """Make objects that come in a burst durable in a journal of up to 64 MiB, one barrier each, and sync their files
+    behind the answer; false: each file by itself before it."""
     retention_days: PositiveInt = 30
     """Days that the bytes of delivered scans and notes stay after the row came to rest."""
     forget_days: PositiveInt = 365

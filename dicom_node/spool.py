@@ -1,10 +1,11 @@
 """Bytes on disk: received objects and rendered results.
 
 `put_*` returns only when the bytes and the name are durable: temporary file, write, fsync, rename, fsync of the folder.
-A file under its final name is therefore whole; what lies in `incoming` or `rendering` is not, and goes at
-the next start.
+A received object of a burst is durable in the journal instead, and its file is synced behind the answer: see `journal`.
+A file under its final name is therefore whole, or `open_spool` makes it whole from the journal before it returns; what
+lies in `incoming` or `rendering` is not, and goes at the next start.
 Names are SHA-256 digests of the content and never come from the wire, so a name cannot lead outside the spool, and the
-same bytes sent twice are one file. A file an object (not a segment): an admin can look at it with any DICOM tool.
+same bytes sent twice are one file. A file an object: an admin can look at it with any DICOM tool.
 
 Files are DICOM Part 10 (PS3.10 7.1). The digest of a received object is that of its dataset exactly as it was sent,
 without our file meta information, so that it does not change with our version.
@@ -16,11 +17,14 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dicom_node import log
 from dicom_node.errors import StorageError
+from dicom_node.journal import Entry, Journal, Record, abandoned, start_writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,7 @@ class Spool:
     """The folders of one node; made by `open_spool`."""
 
     incoming: Path
+    journal: Path
     rendering: Path
     objects: Path
     quarantine: Path
@@ -45,9 +50,13 @@ class StoredFile:
     modified_s: float
 
 
+_log = log.get("spool")
+
 _NAME = re.compile(r"[0-9a-f]{64}\.dcm")
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_TOGETHER = 8
+"""Files that are synced together behind the answer."""
 _WRITE_AT_LEAST = 64 * 1024
 """Bytes of an object that are worth a call before its end; what comes in smaller pieces is collected first."""
 
@@ -57,9 +66,11 @@ _META = struct.Struct("<4sHH2sHI")
 
 
 def open_spool(directory: Path, min_free: int) -> Spool:
-    """Make the folders (mode 0700: the bytes are patients') and return the spool. Raises StorageError."""
+    """Make the folders (mode 0700: the bytes are patients'), put what a dead receiver's journal holds on the shelf, and
+    return the spool. Raises StorageError."""
     spool = Spool(
         incoming=directory / "spool" / "incoming",
+        journal=directory / "spool" / "journal",
         rendering=directory / "results" / "rendering",
         objects=directory / "spool" / "objects",
         quarantine=directory / "spool" / "quarantine",
@@ -72,7 +83,7 @@ def open_spool(directory: Path, min_free: int) -> Spool:
         # Each by itself: `parents` would give what lies between the umask's mode.
         for folder in (directory, spool.objects.parent, spool.results, spool.run):
             folder.mkdir(mode=0o700, exist_ok=True)
-        for folder in (spool.incoming, spool.rendering, spool.objects, spool.quarantine):
+        for folder in (spool.incoming, spool.journal, spool.rendering, spool.objects, spool.quarantine):
             folder.mkdir(mode=0o700, exist_ok=True)
         for shelf in (spool.objects, spool.results):
             # All shelves now, so that storing an object never has to make one durable.
@@ -86,7 +97,74 @@ def open_spool(directory: Path, min_free: int) -> Spool:
             f"The storage folder {directory} cannot be used: {error.strerror or error}.",
             hint="Give [storage] directory a folder that this user may write.",
         ) from error
+    restore(spool)
     return spool
+
+
+def restore(spool: Spool) -> int:
+    """Put every object that a dead receiver's journal holds on its shelf again, durable; return how many.
+
+    Most of them lie there: it died, and the machine did not. They are written all the same, because whether their bytes
+    reached the disk nobody can say. Raises StorageError (try later); the journal stays then.
+    """
+    count = 0
+    try:
+        for path, records in abandoned(spool.journal):
+            for number, record in enumerate(records):
+                # Not in `incoming`, which a receiver that starts beside us clears.
+                _shelve(spool, path.with_suffix(f".{number}.part"), record)
+                count += 1
+    except OSError as error:
+        raise StorageError(
+            f"Objects in {spool.journal} cannot be put on their shelf: {error.strerror or error}.",
+            hint="Make room on the disk of [storage] directory, or make its folders writable; nothing is lost.",
+            retry=True,
+        ) from error
+    if count:
+        _log.warning("restored_from_journal", objects=count)
+    return count
+
+
+def _shelve(spool: Spool, temporary: Path, record: Record) -> None:
+    name = f"{record.sha256[:2]}/{record.sha256}.dcm"
+    temporary.unlink(missing_ok=True)  # a restoring that was killed
+    try:
+        _write_new(temporary, record.preamble, record.dataset)
+        temporary.rename(spool.objects / name)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(spool.objects / record.sha256[:2])
+
+
+def open_journal(spool: Spool) -> Journal:
+    """A journal for the objects of this spool, not started."""
+    return Journal(
+        spool.journal, room=lambda coming: check_room(spool, coming), sync_files=lambda names: _sync_files(spool, names)
+    )
+
+
+def _sync_files(spool: Spool, names: Collection[str]) -> None:
+    """Make objects and their names durable. Raises OSError; one that is gone was removed as it may be."""
+    # Some at a time are set to be written, which gives them their places on the disk: the first barrier then makes the
+    # file system's own books durable for all of them. All at once would keep the disk from those who wait for it.
+    ordered = sorted(names)
+    for first in range(0, len(ordered), _TOGETHER):
+        for barrier in (start_writing, os.fsync):
+            for name in ordered[first : first + _TOGETHER]:
+                with suppress(FileNotFoundError), _opened(spool.objects / name) as descriptor:
+                    barrier(descriptor)
+    for folder in {name.partition("/")[0] for name in names}:
+        _sync_folder(spool.objects / folder)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def clear_unfinished(folder: Path) -> int:
@@ -113,7 +191,7 @@ def check_room(spool: Spool, coming: int) -> None:
 
 
 class Begun:
-    """A received object of which a part is written already: `add` its bytes as they come, then hand it to `put_object`,
+    """A received object of which a part is written already: `add` its bytes as they come, then hand it to `placing`,
     or `drop` it. It has no name yet, so that whatever ends it half written leaves nothing that counts. For one thread.
     """
 
@@ -131,7 +209,7 @@ class Begun:
         """Take the next bytes of the dataset, and write what is there if it is much.
 
         Raises nothing: where there is no room or the disk refuses, all of it is given up without a word, and
-        `put_object`, which then writes the object from its start, tells the error.
+        `placing`, which then writes the object from its start, tells the error.
         """
         if self._broken:
             return
@@ -148,21 +226,24 @@ class Begun:
         """Say whether all of a dataset was added."""
         return not self._broken and self._size_bytes == len(dataset)
 
-    def finish(self, rest: bytes = b"") -> tuple[str, str]:
-        """Make it durable under its name; return (name, SHA-256). Raises StorageError (no room) and OSError."""
+    def end(self, rest: bytes = b"") -> str:
+        """Write the rest; return the SHA-256 of all. Nothing is durable yet. Raises StorageError (no room), OSError."""
         self._count(rest)
         self._write(rest)
-        digest = self._hash.hexdigest()
-        name = f"{digest[:2]}/{digest}.dcm"
+        return self._hash.hexdigest()
+
+    def sync(self) -> None:
+        """Make the bytes durable. Raises OSError."""
         os.fsync(self._descriptor)
+
+    def shelve(self, name: str) -> None:
+        """Give it its name; that is not durable yet. Raises OSError."""
         self._close()
         self._temporary.rename(self._spool.objects / name)
         self._lies_there = False
-        _sync_folder(self._spool.objects / digest[:2])
-        return name, digest
 
     def drop(self) -> None:
-        """Leave nothing behind. After `finish`, or once more, it does nothing."""
+        """Leave nothing behind. After `shelve`, or once more, it does nothing."""
         self._broken, self._unwritten = True, bytearray()
         self._close()
         if self._lies_there:
@@ -189,14 +270,61 @@ class Begun:
             os.close(descriptor)
 
 
-def put_object(spool: Spool, preamble: bytes, dataset: bytes, begun: Begun | None = None) -> tuple[str, str]:
-    """Make a received object durable; return (name, SHA-256 of the dataset).
+@dataclass(slots=True)
+class Placed:
+    """A received object whose bytes are written, and that is durable under its name once `settle` has returned."""
+
+    name: str
+    sha256: str
+    _spool: Spool
+    _begun: Begun
+    _entry: Entry | None
+    _settled: bool = False
+
+    def settle(self) -> None:
+        """Make it durable under its name; once more, nothing. Raises StorageError (try later)."""
+        if self._settled:
+            return
+        try:
+            self._settle()
+        except OSError as error:
+            raise _refused(error) from error
+        self._settled = True
+
+    def _settle(self) -> None:
+        # Named only when it is durable, in the journal or by itself: what has its name is whole after a power cut.
+        if self._entry is not None and self._entry.sync():
+            self._begun.shelve(self.name)
+            self._part_with(self.name)
+            return
+        self._begun.sync()
+        self._begun.shelve(self.name)
+        _sync_folder(self._spool.objects / self.sha256[:2])
+
+    def _part_with(self, name: str | None) -> None:
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            entry.named(name)
+
+    def drop(self) -> None:
+        """Leave nothing behind, where it was not settled."""
+        self._begun.drop()
+        self._part_with(None)
+
+
+@contextmanager
+def placing(
+    spool: Spool, preamble: bytes, dataset: bytes, begun: Begun | None = None, journal: Journal | None = None
+) -> Iterator[Placed]:
+    """Write a received object whole, for the block to `settle`. It is settled already unless it is in the journal: then
+    the disk works on it, and the block may do meanwhile what does not depend on it.
 
     Parameters
     ----------
     preamble: preamble, prefix and file meta information (PS3.10 7.1).
     dataset: the encoded dataset exactly as sent.
     begun: what is written of it already, behind the same preamble.
+    journal: where it may be made durable instead, so that its file can be synced later.
 
     Raises
     ------
@@ -206,11 +334,28 @@ def put_object(spool: Spool, preamble: bytes, dataset: bytes, begun: Begun | Non
     if begun is None or not begun.holds(dataset):
         begun, rest = Begun(spool, preamble), dataset
     try:
-        return begun.finish(rest)
+        digest = begun.end(rest)
     except OSError as error:
-        raise _refused(error) from error
-    finally:
         begun.drop()
+        raise _refused(error) from error
+    except BaseException:
+        begun.drop()
+        raise
+    entry = journal.append(preamble, dataset, digest) if journal is not None else None
+    placed = Placed(f"{digest[:2]}/{digest}.dcm", digest, spool, begun, entry)
+    try:
+        if entry is None:
+            placed.settle()
+        yield placed
+    finally:
+        placed.drop()
+
+
+def put_object(spool: Spool, preamble: bytes, dataset: bytes, begun: Begun | None = None) -> tuple[str, str]:
+    """Make a received object durable; return (name, SHA-256 of the dataset). See `placing`."""
+    with placing(spool, preamble, dataset, begun) as placed:
+        placed.settle()
+        return placed.name, placed.sha256
 
 
 def put_result(spool: Spool, data: bytes) -> tuple[str, str]:
@@ -219,12 +364,7 @@ def put_result(spool: Spool, data: bytes) -> tuple[str, str]:
     name = f"{digest[:2]}/{digest}.dcm"
     temporary = _temporary(spool.rendering)
     try:
-        descriptor = os.open(temporary, _NEW_FILE, 0o600)
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _write_new(temporary, data)
         temporary.rename(spool.results / name)
         _sync_folder(spool.results / digest[:2])
     except OSError as error:
@@ -235,6 +375,17 @@ def put_result(spool: Spool, data: bytes) -> tuple[str, str]:
 
 def _temporary(folder: Path) -> Path:
     return folder / f"{os.getpid()}.{os.urandom(8).hex()}.part"
+
+
+def _write_new(path: Path, *parts: bytes) -> None:
+    """Write a new file, its bytes durable, its name not yet. Raises OSError."""
+    descriptor = os.open(path, _NEW_FILE, 0o600)
+    try:
+        for part in parts:
+            _write_all(descriptor, part)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
@@ -345,8 +496,5 @@ def remove(path: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """A rename is durable only when the folder that holds the name is."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(folder) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -142,36 +142,42 @@ def receive(
     source_aet: str,
     rules: IntakeRules,
     adopted: bool = False,
+    settle: Callable[[], None] = lambda: None,
 ) -> Receipt:
-    """Enter a durable object into the worklist; when this returns, it is committed. `adopted`: it was found in the
-    spool without a row, which its history then says.
+    """Enter an object into the worklist; when this returns, it is committed. `adopted`: it was found in the spool
+    without a row, which its history then says. `settle`: called before anything is committed; returns when the object
+    is durable.
 
     Raises
     ------
-    DatabaseUnavailable: nothing was entered; the sender must keep its copy.
+    DatabaseUnavailable, or what `settle` raises: nothing was entered; the sender must keep its copy.
     """
     facts = storable(facts)
     source_aet = _clean(source_aet)
     with writing(engine) as conn:
         lock(conn, INTAKE_LOCK)
-        asked = {"uid": facts.sop_instance_uid, "study": facts.study_instance_uid}
-        at, is_known, made_by, of_study = straight(conn, _HEARD_OF, asked)
-        known = _known(conn, facts.sop_instance_uid) if is_known else ()
-        for row in known:
-            if row["sha256"] == stored.sha256:
-                return Receipt(row["scan_id"], _state(conn, row["scan_id"]), new=False, queued=False)
-        if known:
-            receipt = _receive_version(conn, facts, stored, source_aet, known)
-        elif made_by is not None:
-            receipt = _receive_returned(conn, facts, stored, source_aet, made_by)
-        elif of_study:
-            receipt = _join(conn, facts, stored, source_aet, rules)
-        else:
-            receipt = _begin(conn, facts, stored, source_aet, rules, at)
-        if adopted:
+        receipt = _enter(conn, facts, stored, source_aet, rules)
+        if adopted and receipt.new:
             detail = f"{facts.sop_instance_uid} sha256 {stored.sha256}"
             history.append(conn, receipt.scan_id, "adopted", detail=detail)
+        settle()
         return receipt
+
+
+def _enter(conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, rules: IntakeRules) -> Receipt:
+    asked = {"uid": facts.sop_instance_uid, "study": facts.study_instance_uid}
+    at, is_known, made_by, of_study = straight(conn, _HEARD_OF, asked)
+    known = _known(conn, facts.sop_instance_uid) if is_known else ()
+    for row in known:
+        if row["sha256"] == stored.sha256:
+            return Receipt(row["scan_id"], _state(conn, row["scan_id"]), new=False, queued=False)
+    if known:
+        return _receive_version(conn, facts, stored, source_aet, known)
+    if made_by is not None:
+        return _receive_returned(conn, facts, stored, source_aet, made_by)
+    if of_study:
+        return _join(conn, facts, stored, source_aet, rules)
+    return _begin(conn, facts, stored, source_aet, rules, at)
 
 
 def _join(conn: Connection, facts: HeaderFacts, stored: Stored, source_aet: str, rules: IntakeRules) -> Receipt:

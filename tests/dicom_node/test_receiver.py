@@ -75,8 +75,9 @@ class House:
         return sorted(worklist.rows(self.engine), key=lambda row: row["id"])
 
     def kept(self) -> list[Path]:
-        """Every file in the spool, whole or half written."""
-        return sorted(path for path in (self.directory / "spool").rglob("*") if path.is_file())
+        """Every file of an object in the spool, whole or half written."""
+        files = (path for path in (self.directory / "spool").rglob("*") if path.is_file())
+        return sorted(path for path in files if path.parent != self.store.journal)
 
     def instances(self) -> list[dict[str, Any]]:
         return [one for row in self.rows() for one in worklist.details(self.engine, row["id"])["instances"]]

@@ -159,14 +159,14 @@ def _status(pid: int) -> str:
 @pytest.fixture
 def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
     """Make a node that sends to `destinations` (anything with ae_title and a port, and `storage_commitment` where it is
-    to be asked for that); it is not started yet. `source`: more lines about the camera OPTIMA1."""
+    to be asked for that); it is not started yet. `source`, `storage`: more lines about the camera OPTIMA1, the storage."""
     made: list[Node] = []
 
-    def make(*destinations: Any, timing: str = "", source: str = "", **analysis: Any) -> Node:
+    def make(*destinations: Any, timing: str = "", source: str = "", storage: str = "", **analysis: Any) -> Node:
         directory = tmp_path / f"node{len(made)}"
         directory.mkdir()
         parts = [
-            '[node]\nhost = "127.0.0.1"\nport = 0\n[storage]\nmin_free = "1 MiB"\n',
+            '[node]\nhost = "127.0.0.1"\nport = 0\n[storage]\nmin_free = "1 MiB"\n' + storage,
             "[delivery]\nfirst_retry_s = 0.2\nmax_retry_s = 1\ntimeout_s = 10\n" + timing,
             "[analysis]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in analysis.items()),
             '[[sources]]\nae_title = "OPTIMA1"\nhosts = ["127.0.0.1"]\n' + source,

@@ -66,26 +66,35 @@ def test_the_harness_sees_a_write_that_was_not_synced_as_lost(disk: Path, tmp_pa
 
 
 @pytest.mark.parametrize("round_", range(ROUNDS))
+@pytest.mark.parametrize("scans", [2, 24], ids=["alone", "burst"])
 def test_a_scan_acknowledged_right_before_a_power_cut_is_there_after_it(
-    make_node: Callable[..., Any], camera: Callable[..., None], disk: Path, tmp_path: Path, round_: int
+    make_node: Callable[..., Any], camera: Callable[..., None], disk: Path, tmp_path: Path, scans: int, round_: int
 ) -> None:
     node = make_node()
     place = node.directory / "var"
-    scans = [expose(phantom(700 + number), examination(700 + 10 * round_ + number), "two_frames") for number in (0, 1)]
+    shapes = [phantom(700), phantom(701)]
+    sent = [
+        expose(shapes[number % 2], examination(700 + 100 * round_ + number), "two_frames") for number in range(scans)
+    ]
     with mounted(disk, place):
         node.start("receive")
-        for scan in scans:
-            camera(node.port, scan)
+        if scans == 2:
+            for scan in sent:
+                camera(node.port, scan)
+        else:
+            camera(node.port, [ds for scan in sent for ds in scan])  # one association: most go into the journal
         after = cut(disk, tmp_path / "after.img")
         node.kill("receive")
     with mounted(after, place):
         node.start("receive")  # without repair by hand
+        print("restored:", [line for line in node.log.splitlines() if "restored_from_journal" in line])
         rows = {row["study_instance_uid"]: row for row in node.rows()}
-        for (ds,) in scans:
-            assert rows[str(ds.StudyInstanceUID)]["state"] == "queued"
         names = dict(node.query("select sop_instance_uid, spool_name from instance"))
-        for (ds,) in scans:
+        for (ds,) in sent:
+            assert rows[str(ds.StudyInstanceUID)]["state"] == "queued"
             stored = dcmread(place / "spool" / "objects" / names[str(ds.SOPInstanceUID)])
             assert stored.PixelData == ds.PixelData
-        camera(node.port, scans[0])  # it takes scans as before
+        assert not list((place / "spool" / "journal").iterdir())
+        assert not list((place / "spool" / "quarantine").iterdir())
+        camera(node.port, sent[0])  # it takes scans as before
         node.kill("receive")
