@@ -194,7 +194,14 @@ def test_the_order_in_which_success_comes_true_is_the_order_in_the_code() -> Non
     """The page promises bytes, then row, then status; the method that does it must read that way."""
     code = Path(ROOT / "dicom_node" / "receiver.py").read_text(encoding="utf-8")
     take = code[code.index(f"def {Receiver._take.__name__}") :]
-    steps = ["header_facts(", "spool.placing(", "worklist.receive(", "settle=placed.settle", "_worker_bell.ring()", "return SUCCESS"]
+    steps = [
+        "header_facts(",
+        "spool.placing(",
+        "worklist.receive(",
+        "settle=placed.settle",
+        "_worker_bell.ring()",
+        "return SUCCESS",
+    ]
     places = [take.index(step) for step in steps]
     assert places == sorted(places)
 

@@ -159,7 +159,8 @@ def _status(pid: int) -> str:
 @pytest.fixture
 def make_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
     """Make a node that sends to `destinations` (anything with ae_title and a port, and `storage_commitment` where it is
-    to be asked for that); it is not started yet. `source`, `storage`: more lines about the camera OPTIMA1, the storage."""
+    to be asked for that); it is not started yet. `source`, `storage`: more lines about the camera OPTIMA1 and the
+    storage."""
     made: list[Node] = []
 
     def make(*destinations: Any, timing: str = "", source: str = "", storage: str = "", **analysis: Any) -> Node:

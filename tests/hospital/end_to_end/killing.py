@@ -18,7 +18,9 @@ from typing import Any, Generic, TypeVar
 
 import pytest
 
-CALLS = "openat,write,pwrite64,fsync,fdatasync,close,rename,renameat,renameat2,connect,poll,sendto,sendmsg"
+CALLS = (
+    "openat,write,pwrite64,pwritev,pwritev2,fsync,fdatasync,close,rename,renameat,renameat2,connect,poll,sendto,sendmsg"
+)
 TRIES = 8
 
 Point = tuple[str, ...]

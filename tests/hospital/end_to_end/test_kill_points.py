@@ -38,16 +38,31 @@ def _scan(seed: int) -> tuple[Dataset, ...]:
     return expose(phantom(seed, residual=True, stratum="uptake_1_up"), examination(seed), "two_frames")
 
 
-def test_object_folder_and_worklist_are_synced_before_success_is_written(
+RECORD = r"{}\(\d+<[^>]*\.journal>"
+# Written whole, synced, named, then the folder that holds the name; or written and synced in the journal, and named.
+ALONE = (
+    r"openat\(.*spool.*O_CREAT",
+    r"write\(\d+<[^>]*spool",
+    r"fsync\(\d+<[^>]*spool",
+    "rename",
+    r"fsync\(\d+<[^>]*spool",
+)
+OF_A_BURST = (r"write\(\d+<[^>]*spool/incoming", RECORD.format("pwritev2?"), RECORD.format("fdatasync"), "rename")
+
+
+@pytest.mark.parametrize("order", [ALONE, OF_A_BURST], ids=["alone", "of a burst"])
+def test_object_name_and_worklist_are_synced_before_success_is_written(
     make_node: Callable[..., Any],
     camera: Callable[..., None],
     wait: Callable[..., Any],
     peer: Callable[[str], Path],
     tmp_path: Path,
+    order: tuple[str, ...],
 ) -> None:
     strace = peer("strace")
-    node = make_node().start("receive")
+    node = make_node(storage="journal = false\n" if order is ALONE else "").start("receive")
     camera(node.port, _scan(600))  # once unseen, so that nothing is opened for the first time
+    _into_the_journal(node, order is OF_A_BURST, lambda: camera(node.port, _scan(600)))
     log = tmp_path / "calls"
     with watched(strace, node.pid("receive"), wait, log, "-e", f"trace={CALLS}"):
         camera(node.port, _scan(601))
@@ -60,20 +75,23 @@ def test_object_folder_and_worklist_are_synced_before_success_is_written(
                 return number
         raise AssertionError(f"no {pattern} after line {after}:\n" + "\n".join(lines[-60:]))
 
-    # Written whole, synced, named; then the folder that holds the name; then the row's transaction; then the answer.
-    opened = first(r"openat\(.*spool.*O_CREAT")
-    written = first(r"write\(\d+<[^>]*spool", opened)
-    synced = first(r"f(data)?sync\(\d+<[^>]*spool", written)
-    named = first(r"rename", synced)
-    folder = first(r"f(data)?sync\(\d+<[^>]*spool[^>]*>", named)
-    row = first(r"pwrite64\(\d+<[^>]*worklist\.db-wal", folder)
-    committed = first(r"f(data)?sync\(\d+<[^>]*worklist\.db-wal", row)
-    # A C-STORE response is the first P-DATA PDU (type 04) that goes out.
-    answers = [number for number, line in enumerate(lines) if re.search(r'send(to|msg)\(.*"\\4\\0', line)]
+    # Then the row's transaction; then the answer. A C-STORE response is the first P-DATA PDU (type 04) that goes out.
+    passed = 0
+    for pattern in (*order, WRITTEN, SYNCED):
+        passed = first(pattern, passed + 1)
+    answers = [number for number, line in enumerate(lines) if re.search(SENT.format(4), line)]
     assert len(answers) == 1, "\n".join(lines[-60:])
-    assert opened < written < synced < named < folder < row < committed < answers[0]
-    late = [line for line in lines[committed + 1 : answers[0]] if "pwrite64" in line and "worklist.db-wal" in line]
+    assert passed < answers[0]
+    late = [line for line in lines[passed + 1 : answers[0]] if "pwrite64" in line and "worklist.db-wal" in line]
     assert late == [], "written to the worklist behind its last barrier and before the answer"
+    early = [line for line in lines[: first(order[-1], first(order[-2]))] if re.search(WRITTEN, line)]
+    assert early == [], "written to the worklist before the object is durable"
+
+
+def _into_the_journal(node: Any, burst: bool, send: Callable[[], object]) -> None:
+    """Send until there is a journal, where the next object goes."""
+    while burst and not list((node.directory / "var" / "spool" / "journal").glob("*.journal")):
+        send()
 
 
 RECEIVING: dict[str, Point] = {
@@ -87,6 +105,15 @@ RECEIVING: dict[str, Point] = {
     "before the association is answered": (SENT.format(2),),
     "before success is sent": (SENT.format(4),),
     "before the release is answered": (SENT.format(6),),
+}
+
+RECEIVING_A_BURST: dict[str, Point] = {
+    "before its record is written": (RECORD.format("pwritev2?"),),
+    "before its record is synced": (RECORD.format("fdatasync"),),
+    "before the object has its name": (NAMED.format("incoming"),),
+    "before the row is written": (WRITTEN,),
+    "before the row is synced": (SYNCED,),
+    "before success is sent": (SENT.format(4),),
 }
 
 # What was written to the log and not synced is lost in a power cut, and not by a kill of the only one who had it open.
@@ -155,7 +182,9 @@ kill_points = pytest.mark.skipif("KILL_POINTS" not in os.environ, reason="takes 
 
 
 @kill_points
+@pytest.mark.parametrize("points", [RECEIVING, RECEIVING_A_BURST], ids=["alone", "of a burst"])
 def test_a_receiver_killed_at_any_point_of_a_c_store_keeps_what_it_acknowledged_and_takes_the_rest_again(
+    points: dict[str, Point],
     make_node: Callable[..., Any],
     camera: Callable[..., None],
     wait: Callable[..., Any],
@@ -163,7 +192,8 @@ def test_a_receiver_killed_at_any_point_of_a_c_store_keeps_what_it_acknowledged_
     tmp_path: Path,
 ) -> None:
     storescu = peer("/usr/bin/storescu")
-    node = make_node().start("receive")
+    burst = points is RECEIVING_A_BURST
+    node = make_node(storage="" if burst else "journal = false\n").start("receive")
     seeds = _seeds(610)
     sent: list[Dataset] = []
 
@@ -185,9 +215,10 @@ def test_a_receiver_killed_at_any_point_of_a_c_store_keeps_what_it_acknowledged_
 
     def send_again() -> None:
         camera(node.port, sent[-1:])  # what a camera does that had no answer
+        _into_the_journal(node, burst, lambda: camera(node.port, sent[-1:]))
 
-    killer = Killer(peer("strace"), wait, tmp_path, node, "receive", RECEIVING, send, send_again)
-    for point in RECEIVING:
+    killer = Killer(peer("strace"), wait, tmp_path, node, "receive", points, send, send_again)
+    for point in points:
         told = killer.kill(point)
         assert told is (point == "before the release is answered"), point
         known = [row["study_instance_uid"] for row in node.rows()].count(str(sent[-1].StudyInstanceUID))
