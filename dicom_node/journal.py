@@ -22,6 +22,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -305,7 +306,8 @@ def start_writing(descriptor: int, start: int = 0, length: int = 0) -> None:
 
     That is what this advice does to pages that are not on the disk yet; those that are, it takes from memory.
     """
-    os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+    with suppress(OSError):  # it is advice: a file system that knows none writes when the barrier comes
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def _whole_pages(content_bytes: int) -> int:

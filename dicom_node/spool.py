@@ -110,9 +110,10 @@ def restore(spool: Spool) -> int:
     count = 0
     try:
         for path, records in abandoned(spool.journal):
+            owner = path.stat()
             for number, record in enumerate(records):
                 # Not in `incoming`, which a receiver that starts beside us clears.
-                _shelve(spool, path.with_suffix(f".{number}.part"), record)
+                _shelve(spool, path.with_suffix(f".{number}.part"), record, owner)
                 count += 1
     except OSError as error:
         raise StorageError(
@@ -125,11 +126,13 @@ def restore(spool: Spool) -> int:
     return count
 
 
-def _shelve(spool: Spool, temporary: Path, record: Record) -> None:
+def _shelve(spool: Spool, temporary: Path, record: Record, owner: os.stat_result) -> None:
     name = f"{record.sha256[:2]}/{record.sha256}.dcm"
     temporary.unlink(missing_ok=True)  # a restoring that was killed
     try:
         _write_new(temporary, record.preamble, record.dataset)
+        if os.geteuid() == 0:  # an admin's command; the node must be able to read what it finds
+            os.chown(temporary, owner.st_uid, owner.st_gid)
         temporary.rename(spool.objects / name)
     except OSError:
         temporary.unlink(missing_ok=True)

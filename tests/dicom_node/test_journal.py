@@ -236,6 +236,31 @@ def test_what_cannot_be_restored_stays_in_the_journal_for_the_next_start(
     assert shelf(directory)[name] == PREAMBLE + dataset(1)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_what_an_admins_command_restores_belongs_to_the_user_of_the_node(
+    store: Spool, kept: Journal, tmp_path: Path
+) -> None:
+    name = put(store, kept, dataset(1))
+    directory = dead(store, tmp_path)
+    for segment in (directory / "spool" / "journal").iterdir():
+        os.chown(segment, 65534, 65534)
+    spool.open_spool(directory, 0)
+    found = (directory / "spool" / "objects" / name).stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (65534, 65534, 0o600)
+
+
+def test_a_file_system_that_takes_no_advice_costs_nothing_but_time(
+    store: Spool, kept: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    name = put(store, kept, dataset(1))
+    assert (store.objects / name).read_bytes() == PREAMBLE + dataset(1)
+    assert any(one.end for one in kept._segments)
+
+
 def watching(names: list[str], objects: Path) -> Callable[[Collection[str]], None]:
     def sync_files(some: Collection[str]) -> None:
         assert all((objects / name).exists() for name in some)

@@ -28,6 +28,7 @@ from pipeline.camera import examination, expose
 from pipeline.phantom import phantom
 
 ROUNDS, OBJECTS = 7, 100
+LONG_ROUNDS, LONG = 3, 1000
 STARTS = 3
 ECHOES = 200
 IDLE, IDLE_S = 10, 10.0
@@ -81,10 +82,7 @@ def test_receiving(
         took_s = barriers(tmp_path / f"barriers-{number}", bytes(ds.PixelData))
         if number:
             rates["barriers alone"].append(OBJECTS / took_s)
-    for name, values in rates.items():
-        ratios = [ours / theirs for ours, theirs in zip(values, rates["storescp"], strict=True)]
-        print(f"{name}: {statistics.median(values):.0f} objects/s (best {max(values):.0f}); to storescp: median"
-              f" {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")  # fmt: skip
+    _tell(rates)
     assert len(node.rows()) == OBJECTS * (ROUNDS + 1), "an acknowledged object is not in the worklist"
     for one in (others["remnant with audit"], others["remnant in memory with audit"]):
         told = sum(
@@ -115,6 +113,33 @@ def test_receiving(
           f" {memory_mib(pid, 'Pss', 'smaps_rollup'):.0f} MiB PSS")  # fmt: skip
 
 
+def test_a_long_burst(
+    make_node: Callable[..., Any], start_storescp: Callable[..., Any], peer: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Long enough that files have to be synced while others come; beside a node without a journal."""
+    nodes = {"remnant": make_node(), "without journal": make_node(storage="journal = false\n")}
+    other = start_storescp()
+    receivers = {name: (node.start("receive").port, "REMNANT") for name, node in nodes.items()}
+    receivers["storescp"] = (other.port, other.ae_title)
+    (ds,) = expose(phantom(1), examination(1), "two_frames")
+    rates: dict[str, list[float]] = {name: [] for name in receivers}
+    for number in range(LONG_ROUNDS):
+        for name, (port, called) in receivers.items():
+            folder = tmp_path / f"{name}-{number}"
+            write(ds, folder, LONG)
+            rates[name].append(LONG / send(peer("/usr/bin/storescu"), folder, port, called))
+    print(f"\n{LONG} objects a round, one sender, {LONG_ROUNDS} rounds")
+    _tell(rates)
+    assert all(len(node.rows()) == LONG * LONG_ROUNDS for node in nodes.values())
+
+
+def _tell(rates: dict[str, list[float]]) -> None:
+    for name, values in rates.items():
+        ratios = [ours / theirs for ours, theirs in zip(values, rates["storescp"], strict=True)]
+        print(f"{name}: {statistics.median(values):.0f} objects/s (best {max(values):.0f}); to storescp: median"
+              f" {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")  # fmt: skip
+
+
 @pytest.mark.parametrize("senders", [100, 200])
 def test_many_senders_at_once(make_node: Callable[..., Any], all_at_once: Callable[..., Any], senders: int) -> None:
     node = make_node().start("receive")
@@ -132,12 +157,12 @@ def test_many_senders_at_once(make_node: Callable[..., Any], all_at_once: Callab
     assert len(node.rows()) == outcomes["status 0000"]
 
 
-def write(ds: Dataset, folder: Path) -> None:
+def write(ds: Dataset, folder: Path, count: int = OBJECTS) -> None:
     folder.mkdir()
-    for number in range(OBJECTS):
+    for number in range(count):
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         ds.StudyInstanceUID = generate_uid()
-        ds.save_as(folder / f"{number:03}.dcm", enforce_file_format=True)
+        ds.save_as(folder / f"{number:04}.dcm", enforce_file_format=True)
 
 
 def send(storescu: Path, folder: Path, port: int, called: str) -> float:
@@ -156,7 +181,7 @@ def send(storescu: Path, folder: Path, port: int, called: str) -> float:
 
 
 def barriers(folder: Path, data: bytes) -> float:
-    """Make objects durable as the order of the node asks, and nothing else; return the seconds."""
+    """Make objects durable as a file each and a row each, and nothing else; return the seconds."""
     folder.mkdir()
     shelf = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     log = os.open(folder / "log", os.O_RDWR | os.O_CREAT)
