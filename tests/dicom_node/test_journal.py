@@ -383,6 +383,27 @@ def test_a_disk_that_refuses_the_journal_is_asked_for_a_file_and_the_journal_giv
     assert list(store.journal.iterdir()) == []
 
 
+def test_a_barrier_that_failed_once_is_never_taken_for_one_that_holds(
+    store: Spool, kept: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells a failed write to one who asks, and to the next that all is well."""
+    put(store, kept, dataset(0))
+    entries = [kept.append(PREAMBLE, dataset(number), hashlib.sha256(dataset(number)).hexdigest()) for number in (1, 2)]
+    with monkeypatch.context() as patched:
+        fdatasync, calls = os.fdatasync, iter(range(9))
+
+        def fail_once(descriptor: int) -> None:
+            if next(calls) == 0:
+                raise OSError(errno.EIO, "Input/output error")
+            fdatasync(descriptor)
+
+        patched.setattr(os, "fdatasync", fail_once)
+        assert [entry is not None and entry.sync() for entry in entries] == [False, False]
+    for entry in entries:
+        assert entry is not None
+        entry.named(None)
+
+
 def test_files_that_cannot_be_synced_stay_in_the_journal_until_the_next_start(
     store: Spool, quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
