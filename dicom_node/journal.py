@@ -67,7 +67,7 @@ class Record:
 
 @dataclass(slots=True)
 class Segment:
-    """A file of the journal that this process writes. `Journal` guards all but `written` and `synced`."""
+    """A file of the journal that this process writes. `syncing` guards `synced`, and `Journal` all else."""
 
     path: Path
     descriptor: int
@@ -99,10 +99,19 @@ class Segment:
         several that wait at once, the first pays and the others find it done.
         """
         with self.syncing:
-            if self.synced < end:
-                reached = self.end
+            if self.synced >= end:
+                return
+            if self.broken:
+                raise OSError(
+                    "a barrier before this one failed"
+                )  # the kernel would tell it once, and then that all is well
+            reached = self.end
+            try:
                 os.fdatasync(self.descriptor)
-                self.synced = reached
+            except OSError:
+                self.broken = True
+                raise
+            self.synced = reached
 
     def forget(self) -> None:
         """Begin again from the start. What stands there counts no more; should the zeros never reach the disk, what it
@@ -164,7 +173,7 @@ class Journal:
         with self._changed:
             now_s = time.monotonic()
             burst, self._last_s = now_s - self._last_s < BURST_S, now_s
-            if not self._segments:
+            if self._off or not self._segments:
                 if burst and now_s > self._not_before_s and not (self._wanted or self._off or self._stopping):
                     self._wanted = True
                     self._changed.notify_all()
@@ -259,7 +268,8 @@ class Journal:
         made: list[Segment] = []
         try:
             self._room(SEGMENTS * self._segment_bytes)
-            made += [_make(self._folder) for _ in range(SEGMENTS)]
+            for _ in range(SEGMENTS):
+                made.append(_make(self._folder))
             _sync_folder(self._folder)
         except (StorageError, OSError) as error:
             _log.warning("no_journal", error=str(error))
