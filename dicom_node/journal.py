@@ -65,7 +65,7 @@ class Record:
     sha256: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Segment:
     """A file of the journal that this process writes. `syncing` guards `synced`, and `Journal` all else."""
 
