@@ -15,7 +15,7 @@ from pathlib import Path
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
-from dicom_node import log
+from dicom_node import disk, log
 from dicom_node.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, accepted_contexts
 from dicom_node.errors import RemnantError
 from dicom_node.part10 import part_10_header
@@ -172,8 +172,4 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     temporary.rename(path)
     for folder in (path.parent, path.parent.parent):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        disk.sync(folder)

@@ -22,11 +22,10 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dicom_node import log
+from dicom_node import disk, log
 from dicom_node.errors import StorageError
 
 SEGMENT_BYTES = 32 << 20
@@ -88,7 +87,7 @@ class Segment:
         parts.append(_ZEROS[: length - sum(map(len, parts))])
         if os.pwritev(self.descriptor, parts, self.end) != length:
             raise OSError("a record was written in part")
-        start_writing(self.descriptor, self.end, length)
+        disk.begin_with(self.descriptor, self.end, length)
         self.end += length
         return self.end
 
@@ -270,7 +269,7 @@ class Journal:
             self._room(SEGMENTS * self._segment_bytes)
             for _ in range(SEGMENTS):
                 made.append(_make(self._folder))
-            _sync_folder(self._folder)
+            disk.sync(self._folder)
         except (StorageError, OSError) as error:
             _log.warning("no_journal", error=str(error))
             for segment in made:
@@ -309,15 +308,6 @@ class Entry:
     def named(self, name: str | None) -> None:
         """See `Journal.named`. Once."""
         self.journal.named(self.segment, name)
-
-
-def start_writing(descriptor: int, start: int = 0, length: int = 0) -> None:
-    """Have the disk begin with what was written to a file, or a part of it, and do not wait.
-
-    That is what this advice does to pages that are not on the disk yet; those that are, it takes from memory.
-    """
-    with suppress(OSError):  # it is advice: a file system that knows none writes when the barrier comes
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def _whole_pages(content_bytes: int) -> int:
@@ -387,11 +377,3 @@ def _records(descriptor: int) -> Iterator[Record]:
             return
         yield Record(data[:preamble_bytes], dataset, digest.hex())
         generation, at = of, at + _whole_pages(length)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,9 +22,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dicom_node import log
+from dicom_node import disk, log
 from dicom_node.errors import StorageError
-from dicom_node.journal import Entry, Journal, Record, abandoned, start_writing
+from dicom_node.journal import Entry, Journal, Record, abandoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,9 @@ def open_spool(directory: Path, min_free: int) -> Spool:
             # All shelves now, so that storing an object never has to make one durable.
             for number in range(256):
                 (shelf / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
-            _sync_folder(shelf)
-            _sync_folder(shelf.parent)
-        _sync_folder(directory)
+            disk.sync(shelf)
+            disk.sync(shelf.parent)
+        disk.sync(directory)
     except OSError as error:
         raise StorageError(
             f"The storage folder {directory} cannot be used: {error.strerror or error}.",
@@ -137,7 +137,7 @@ def _shelve(spool: Spool, temporary: Path, record: Record, owner: os.stat_result
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(spool.objects / record.sha256[:2])
+    disk.sync(spool.objects / record.sha256[:2])
 
 
 def open_journal(spool: Spool) -> Journal:
@@ -153,21 +153,12 @@ def _sync_files(spool: Spool, names: Collection[str]) -> None:
     # file system's own books durable for all of them. All at once would keep the disk from those who wait for it.
     ordered = sorted(names)
     for first in range(0, len(ordered), _TOGETHER):
-        for barrier in (start_writing, os.fsync):
+        for step in (disk.start_writing, disk.sync):
             for name in ordered[first : first + _TOGETHER]:
-                with suppress(FileNotFoundError), _opened(spool.objects / name) as descriptor:
-                    barrier(descriptor)
+                with suppress(FileNotFoundError):
+                    step(spool.objects / name)
     for folder in {name.partition("/")[0] for name in names}:
-        _sync_folder(spool.objects / folder)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        disk.sync(spool.objects / folder)
 
 
 def clear_unfinished(folder: Path) -> int:
@@ -302,7 +293,7 @@ class Placed:
             return
         self._begun.sync()
         self._begun.shelve(self.name)
-        _sync_folder(self._spool.objects / self.sha256[:2])
+        disk.sync(self._spool.objects / self.sha256[:2])
 
     def _part_with(self, name: str | None) -> None:
         entry, self._entry = self._entry, None
@@ -369,7 +360,7 @@ def put_result(spool: Spool, data: bytes) -> tuple[str, str]:
     try:
         _write_new(temporary, data)
         temporary.rename(spool.results / name)
-        _sync_folder(spool.results / digest[:2])
+        disk.sync(spool.results / digest[:2])
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _refused(error) from error
@@ -481,8 +472,8 @@ def bring_back(spool: Spool, file_name: str) -> str:
 def _move(source: Path, target: Path) -> Path:
     try:
         source.rename(target)
-        _sync_folder(target.parent)
-        _sync_folder(source.parent)
+        disk.sync(target.parent)
+        disk.sync(source.parent)
     except OSError as error:
         raise StorageError(
             f"A file could not be moved to {target.parent}: {error.strerror or error}.",
@@ -495,9 +486,3 @@ def _move(source: Path, target: Path) -> Path:
 def remove(path: Path) -> None:
     """Remove a file that may be gone already."""
     path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is durable only when the folder that holds the name is."""
-    with _opened(folder) as descriptor:
-        os.fsync(descriptor)

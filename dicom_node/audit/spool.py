@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dicom_node import log
+from dicom_node import disk, log
 
 SEGMENT_BYTES = 1024**2
 """A file that has reached this is left for a new one: what was sent is removed file by file."""
@@ -136,9 +136,10 @@ class AuditSpool:
         ends = [Place(number, path.stat().st_size) for number, path in files]
         for end, (_, path) in zip(ends, files, strict=True):
             if (end.number, end.offset) > (self._synced.number, self._synced.offset):
-                _sync(path)
+                with suppress(FileNotFoundError):  # sent and removed meanwhile
+                    disk.sync(path)
         if ends and ends[-1] != self._synced:
-            _sync(self.folder)
+            disk.sync(self.folder)
             self._synced = ends[-1]
 
     def bytes_waiting(self) -> int:
@@ -257,12 +258,3 @@ def _is_message(line: bytes) -> bool:
 def _write_whole(descriptor: int, data: bytes) -> None:
     if os.write(descriptor, data) < len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _sync(path: Path) -> None:
-    with suppress(FileNotFoundError):  # sent and removed meanwhile
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -19,6 +19,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, Table, func, insert, inspect, select, text
 from sqlalchemy.engine import make_url
 
+from dicom_node import disk
 from dicom_node.worklist.engine import DatabaseUnavailable, WorklistFault, open_worklist, reading, writing
 from dicom_node.worklist.history import record_event, verify_history
 from dicom_node.worklist.schema import schema_is_current, upgrade
@@ -238,15 +239,15 @@ def _refuse_unsound(path: Path) -> None:
 
 
 def _put(part: Path, path: Path) -> None:
-    _sync(part)
+    disk.sync(part)
     part.rename(path)
-    _sync(path.absolute().parent)
+    disk.sync(path.absolute().parent)
 
 
 def _replace(place: Path, part: Path) -> Path | None:
     """Give the new file the name of the old one, which stays beside it. At no point is there no database, and the old
     one's log never meets the new file."""
-    _sync(part)
+    disk.sync(part)
     aside = None
     if place.exists():
         aside = place.with_name(f"{place.name}.replaced-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
@@ -254,15 +255,7 @@ def _replace(place: Path, part: Path) -> Path | None:
         for suffix in ("-wal", "-shm"):
             with suppress(FileNotFoundError):
                 Path(f"{place}{suffix}").rename(f"{aside}{suffix}")
-        _sync(place.parent)
+        disk.sync(place.parent)
     part.rename(place)
-    _sync(place.parent)
+    disk.sync(place.parent)
     return aside
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
