@@ -111,10 +111,12 @@ def restore(spool: Spool) -> int:
     try:
         for path, records in abandoned(spool.journal):
             owner = path.stat()
+            names = []
             for number, record in enumerate(records):
                 # Not in `incoming`, which a receiver that starts beside us clears.
-                _shelve(spool, path.with_suffix(f".{number}.part"), record, owner)
-                count += 1
+                names.append(_shelve(spool, path.with_suffix(f".{number}.part"), record, owner))
+            _sync_files(spool, names)
+            count += len(names)
     except OSError as error:
         raise StorageError(
             f"Objects in {spool.journal} cannot be put on their shelf: {error.strerror or error}.",
@@ -126,18 +128,20 @@ def restore(spool: Spool) -> int:
     return count
 
 
-def _shelve(spool: Spool, temporary: Path, record: Record, owner: os.stat_result) -> None:
+def _shelve(spool: Spool, temporary: Path, record: Record, owner: os.stat_result) -> str:
+    """Put an object on its shelf, not yet durable; return its name."""
     name = f"{record.sha256[:2]}/{record.sha256}.dcm"
     temporary.unlink(missing_ok=True)  # a restoring that was killed
     try:
-        _write_new(temporary, record.preamble, record.dataset)
+        with _new_file(temporary, record.preamble, record.dataset):
+            pass
         if os.geteuid() == 0:  # an admin's command; the node must be able to read what it finds
             os.chown(temporary, owner.st_uid, owner.st_gid)
         temporary.rename(spool.objects / name)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    disk.sync(spool.objects / record.sha256[:2])
+    return name
 
 
 def open_journal(spool: Spool) -> Journal:
@@ -358,7 +362,8 @@ def put_result(spool: Spool, data: bytes) -> tuple[str, str]:
     name = f"{digest[:2]}/{digest}.dcm"
     temporary = _temporary(spool.rendering)
     try:
-        _write_new(temporary, data)
+        with _new_file(temporary, data) as descriptor:
+            os.fsync(descriptor)
         temporary.rename(spool.results / name)
         disk.sync(spool.results / digest[:2])
     except OSError as error:
@@ -371,13 +376,14 @@ def _temporary(folder: Path) -> Path:
     return folder / f"{os.getpid()}.{os.urandom(8).hex()}.part"
 
 
-def _write_new(path: Path, *parts: bytes) -> None:
-    """Write a new file, its bytes durable, its name not yet. Raises OSError."""
+@contextmanager
+def _new_file(path: Path, *parts: bytes) -> Iterator[int]:
+    """Write a new file; the block has its descriptor, to make its bytes durable. Raises OSError."""
     descriptor = os.open(path, _NEW_FILE, 0o600)
     try:
         for part in parts:
             _write_all(descriptor, part)
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 

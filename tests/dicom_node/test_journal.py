@@ -152,8 +152,8 @@ def test_a_start_that_is_killed_amid_restoring_is_made_good_by_the_next(
 import os, sys
 from pathlib import Path
 from dicom_node import spool
-calls, fsync = iter(range(3)), os.fsync
-os.fsync = lambda fd: fsync(fd) if next(calls) < 2 else os.kill(os.getpid(), 9)
+calls, rename = iter(range(3)), Path.rename
+Path.rename = lambda path, to: rename(path, to) if next(calls) < 2 else os.kill(os.getpid(), 9)
 spool.restore(spool.Spool(*[Path(sys.argv[1]) / "spool" / one for one in (
     "incoming", "journal", "rendering", "objects", "quarantine", "results", "run")], min_free=0))
 """
