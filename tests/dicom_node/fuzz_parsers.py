@@ -36,7 +36,8 @@ from pipeline.views import UnreadableHeader, UnusableScan, early_facts, header_f
 
 LIMIT_S = float(os.environ.get("FUZZ_S", "600"))
 FIRST_SEED = int(os.environ.get("FUZZ_SEED", "1"))
-SLOWEST_S = 2.0  # a machine that does something else as well; a hang takes for ever
+SLOWEST_S = 2.0
+"""Of the CPU: no parser waits for anything, and what else the machine does is no fault of theirs."""
 EXAMPLES = 300
 NM = "1.2.840.10008.5.1.4.1.1.20"
 SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
@@ -217,13 +218,13 @@ def test_no_bytes_crash_or_hold_a_parser(capsys: pytest.CaptureFixture[str]) -> 
         @given(st.data())
         def fed(data: st.DataObject) -> None:
             run = target(data.draw)  # type: ignore[arg-type] # the same call
-            began = time.perf_counter()
+            began = time.thread_time()
             try:
                 run()
                 counts[f"{target.__name__}: taken"] += 1
             except EXPECTED:
                 counts[f"{target.__name__}: refused"] += 1
-            took_s = time.perf_counter() - began
+            took_s = time.thread_time() - began
             slowest[target.__name__] = max(slowest.get(target.__name__, 0.0), took_s)
             assert took_s < SLOWEST_S, f"{target.__name__} took {took_s:.1f} s"
 
