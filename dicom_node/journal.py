@@ -32,11 +32,11 @@ SEGMENT_BYTES = 32 << 20
 """Room of a segment: 120 scans of 262 kB."""
 SEGMENTS = 2
 
-BURST_S = 2.0
-"""An object that comes this soon behind another one is of a burst."""
+BURST_OBJECTS, BURST_S = 8, 2.0
+"""So many objects, none later than this behind the one before, are a burst; a neck alone is none."""
 QUIET_S = 1.0
 """Seconds without an object after which the files are synced and the segments forgotten."""
-REST_S = 60.0
+REST_S = 10.0
 """Seconds without an object after which the segments are removed."""
 
 _LOOK_S = 0.25
@@ -140,8 +140,8 @@ class Journal:
         self._changed = threading.Condition()
         self._segments: list[Segment] = []
         self._active: Segment | None = None
-        self._last_s = -BURST_S
-        self._not_before_s = 0.0
+        self._last_s = self._not_before_s = 0.0
+        self._in_a_row = 0
         self._wanted = self._stopping = self._off = False
         self._thread = threading.Thread(target=self._keep, name="journal", daemon=True)
 
@@ -171,9 +171,11 @@ class Journal:
         """
         with self._changed:
             now_s = time.monotonic()
-            burst, self._last_s = now_s - self._last_s < BURST_S, now_s
+            self._in_a_row = self._in_a_row + 1 if now_s - self._last_s < BURST_S else 1
+            self._last_s = now_s
             if self._off or not self._segments:
-                if burst and now_s > self._not_before_s and not (self._wanted or self._off or self._stopping):
+                burst = self._in_a_row >= BURST_OBJECTS and now_s > self._not_before_s
+                if burst and not (self._wanted or self._off or self._stopping):
                     self._wanted = True
                     self._changed.notify_all()
                 return None

@@ -62,7 +62,7 @@ def test_object_name_and_worklist_are_synced_before_success_is_written(
     strace = peer("strace")
     node = make_node(storage="journal = false\n" if order is ALONE else "").start("receive")
     camera(node.port, _scan(600))  # once unseen, so that nothing is opened for the first time
-    _into_the_journal(node, order is OF_A_BURST, lambda: camera(node.port, _scan(600)))
+    _into_the_journal(node, order is OF_A_BURST, lambda: camera(node.port, _scan(600) * 12))
     log = tmp_path / "calls"
     with watched(strace, node.pid("receive"), wait, log, "-e", f"trace={CALLS}"):
         camera(node.port, _scan(601))
@@ -215,7 +215,7 @@ def test_a_receiver_killed_at_any_point_of_a_c_store_keeps_what_it_acknowledged_
 
     def send_again() -> None:
         camera(node.port, sent[-1:])  # what a camera does that had no answer
-        _into_the_journal(node, burst, lambda: camera(node.port, sent[-1:]))
+        _into_the_journal(node, burst, lambda: camera(node.port, sent[-1:] * 12))
 
     killer = Killer(peer("strace"), wait, tmp_path, node, "receive", points, send, send_again)
     for point in points:
