@@ -6,7 +6,8 @@ those of a camera that none was trained on (other pixels, resolution, sensitivit
 but GrabCut's outline: its area says how much of the label the mask itself betrays. Small on purpose, so that all of it
 fits into one sitting: the areas compare the variants with each other, not with the shipped weights. `--large` asks of
 plain and equalized pictures whether what helped with few scans still helps with more, in several trainings each: two
-trainings that differ in nothing but their random numbers differ too.
+trainings that differ in nothing but their random numbers differ too. It also trains the shipped weights on, once on
+plain counts and once on equalized pictures: what helps a network at the start need not help one that has learnt.
 
 Writes `ablation.json` and the page `ablation.md` into DIR (`--large`: `ablation-large`), row by row, and goes on where
 it was interrupted.
@@ -17,7 +18,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -62,12 +63,22 @@ LAYERS: Final = ("root", "equalized", "mask")
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """One training: `variant` of `VARIANTS`. `onward`: it starts from the weights `Scale.beside`, not random ones."""
+
+    name: str
+    variant: str
+    settings: TrainingSettings
+    onward: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """How much one comparison sees. `name`: of its page. `variants`: the rows, `plain` first.
 
     `outlined`: whether any variant needs GrabCut's mask, which takes longer than everything else; else its layer is 0.
     `trainings`: of each variant, from other random numbers. `beside`: name of weights that are measured on the same
-    tests, for reference.
+    tests, for reference. `onward`: how these weights are trained on, once with each variant of `ONWARD`; None: not.
     """
 
     name: str
@@ -77,14 +88,22 @@ class Scale:
     outlined: bool
     trainings: int = 1
     beside: str = ""
+    onward: TrainingSettings | None = None
 
-    def rows(self) -> tuple[tuple[str, str, int], ...]:
-        """(name of the row, variant, seed) in the order in which they are trained: each variant once, then again."""
-        return tuple(
-            (variant if turn == 0 else f"{variant}-{turn + 1}", variant, self.settings.seed + turn)
+    def rows(self) -> tuple[Row, ...]:
+        """In the order in which they are trained: each variant once, then again, then the weights `beside` on."""
+        fresh = [
+            Row(
+                variant if turn == 0 else f"{variant}-{turn + 1}",
+                variant,
+                replace(self.settings, seed=self.settings.seed + turn, **CHANGES.get(variant, {})),
+            )
             for turn in range(self.trainings)
             for variant in self.variants
-        )
+        ]
+        onward = self.onward
+        further = [] if onward is None else [Row(f"shipped_on_{one}", one, onward, onward=True) for one in ONWARD]
+        return (*fresh, *further)
 
 
 _ORDER: Final = Order(
@@ -151,6 +170,8 @@ TOLD: Final = MappingProxyType(
 )
 CHANGES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"plain_hazed": {"haze": 0.4, "brightness": 1.5}})
 """Variant -> what its training sets otherwise."""
+ONWARD: Final = ("plain", "equalized")
+"""The variants with which the weights beside a comparison are trained on; equal settings, so equal random numbers."""
 TESTED: Final = ("same_cameras", "other_camera")
 SETTINGS: Final = TrainingSettings(
     stages=((8, GRID // 2), (3, GRID)),
@@ -173,6 +194,8 @@ LARGE: Final = Scale(
     outlined=False,
     trainings=2,
     beside="remnant-resnet18-phantom",
+    # A lower rate than from random numbers: to go on from what was learnt, and not to lose it in the first steps.
+    onward=replace(SETTINGS, stages=((3, GRID // 2), (3, GRID)), learning_rate=3e-4),
 )
 """Whether what helped with few scans still helps with more: no mask, and the tests four times as large."""
 
@@ -226,46 +249,63 @@ def cached(
     return data["layers"], data["labels"], data["kept"]
 
 
-def run(work: Path, processes: int, say: Callable[[str], None], scale: Scale = SMALL) -> Path:
-    """All variants that have no row yet. Returns the path of `NAME.json`."""
+def run(
+    work: Path, processes: int, say: Callable[[str], None], scale: Scale = SMALL, only: Collection[str] | None = None
+) -> Path:
+    """All rows that are not there yet, or those of them named in `only`. Returns the path of `NAME.json`."""
     sets = {name: cached(work, name, plan, processes, outlined=scale.outlined) for name, plan in scale.plans.items()}
     path = work / f"{scale.name}.json"
     rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    truths = {name: labels for name, (_, labels, _) in sets.items()}
+
+    def keep(name: str, found: Mapping[str, Any]) -> None:
+        rows[name] = found
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+        write_page(work, rows, truths, scale)
+
     if scale.outlined:
         kept = {name: {"auc": metrics.roc_auc(labels, kept)} for name, (_, labels, kept) in sets.items()}
         rows.setdefault("mask_kept_or_not", kept)
-    truths = {name: labels for name, (_, labels, _) in sets.items()}
+    model = weights.load(scale.beside) if scale.beside else None
+    if model is not None and scale.beside not in rows:
+        record, settings = model.record, _as_shown(scale.settings, model)
+        measured = _measured(work, scale.beside, model.network, settings, VARIANTS["plain"], sets)
+        pairs = round(record.metrics["training_pairs"])
+        keep(scale.beside, {**measured, "version": record.version, "pairs": pairs})
     layers, labels, _ = sets["training"]
-    for row_name, variant, seed in scale.rows():
-        if row_name in rows:
+    for row in scale.rows():
+        if row.name in rows or (only is not None and row.name not in only):
             continue
-        started, make = time.monotonic(), VARIANTS[variant]
+        started, make = time.monotonic(), VARIANTS[row.variant]
         images = make(layers)
         inputs = len(images) // len(labels)
         # Shown to the network as often as the others: a view of its own counts as half a pair.
-        settings = replace(scale.settings, epoch_images=inputs * len(labels), seed=seed, **CHANGES.get(variant, {}))
-        network = train(images, np.repeat(labels, inputs), settings, checkpoint=work / f"{row_name}.pt")
-        measured = _measured(work, row_name, network, settings, make, sets)
+        settings, initial = replace(row.settings, epoch_images=inputs * len(labels)), None
+        if row.onward and model is not None:
+            settings, initial = _as_shown(settings, model), model.network.state_dict()
+        network = train(
+            images, np.repeat(labels, inputs), settings, checkpoint=work / f"{row.name}.pt", initial=initial
+        )
+        measured = _measured(work, row.name, network, settings, make, sets)
         # Of the same turn: trained from the same random numbers.
-        plain = row_name.replace(variant, "plain", 1)
-        for name in TESTED if variant != "plain" else ():
-            paths = [work / f"{one}.{name}.npy" for one in (plain, row_name)]
-            if paths[0].exists():
-                measured[name]["p"] = metrics.compare_areas(truths[name], *map(np.load, paths)).p_value
-        rows[row_name] = {**measured, "seconds": round(time.monotonic() - started)}
-        path.write_text(json.dumps(rows, indent=2) + "\n")
-        say(f"{row_name}: {json.dumps(rows[row_name])}")
-        write_page(work, rows, truths, scale)
-    if scale.beside and scale.beside not in rows:
-        model = weights.load(scale.beside)
-        shown = model.record.input
-        settings = replace(scale.settings, scale=shown.scale, mean=shown.mean, std=shown.std)
-        measured = _measured(work, scale.beside, model.network, settings, VARIANTS["plain"], sets)
-        record = model.record
-        rows[scale.beside] = {**measured, "version": record.version, "pairs": round(record.metrics["training_pairs"])}
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+        against = {"p": row.name.replace(row.variant, "plain", 1)} if row.variant != "plain" else {}
+        if row.onward:
+            against["p_untouched"] = scale.beside
+        for name in TESTED:
+            for key, other in against.items():
+                paths = [work / f"{one}.{name}.npy" for one in (other, row.name)]
+                if paths[0].exists():
+                    measured[name][key] = metrics.compare_areas(truths[name], *map(np.load, paths)).p_value
+        keep(row.name, {**measured, "seconds": round(time.monotonic() - started)})
+        say(f"{row.name}: {json.dumps(rows[row.name])}")
     write_page(work, rows, truths, scale)
     return path
+
+
+def _as_shown(settings: TrainingSettings, model: weights.LoadedModel) -> TrainingSettings:
+    """The settings, with pictures standardized as these weights learnt them."""
+    shown = model.record.input
+    return replace(settings, scale=shown.scale, mean=shown.mean, std=shown.std)
 
 
 def _measured(
@@ -299,13 +339,13 @@ def page(
 ) -> str:
     """Markdown for `models/cards/`. `rows`: of `NAME.json`; `truths`: set -> labels (P,)."""
     again = ", but shows between its lines" if scale.trainings > 1 else ""
-    epochs = " and ".join(f"{count} epochs at {edge} pixels" for count, edge in scale.settings.stages)
     lines = [
         "# What each step of the paper's image processing does to the answer",
         "",
         "**SYNTHETIC: every scan was simulated. These figures say nothing about accuracy on patients.**",
         "",
-        f"ResNet-18 from the same random weights, {len(truths['training']):,} simulated pairs, {epochs}, tested on "
+        f"ResNet-18 from the same random weights, {len(truths['training']):,} simulated pairs, "
+        f"{_epochs(scale.settings)}, tested on "
         f"{len(truths['same_cameras']):,} unseen pairs of the same cameras and {len(truths['other_camera']):,} of a "
         "camera that none was trained on. AUC with DeLong's 95 % interval; p: DeLong's test against `plain` on the "
         "same pairs and from the same random numbers, not corrected for the number of comparisons. "
@@ -315,17 +355,15 @@ def page(
         "| input | same cameras | p | other camera | p | minutes |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for row, variant, seed in sorted(scale.rows(), key=lambda one: (scale.variants.index(one[1]), one[2])):
-        told = TOLD[variant] + (f", seed {seed}" if scale.trainings > 1 else "")
-        if row not in rows:
+    fresh = [row for row in scale.rows() if not row.onward]
+    for row in sorted(fresh, key=lambda one: (scale.variants.index(one.variant), one.settings.seed)):
+        told = TOLD[row.variant] + (f", seed {row.settings.seed}" if scale.trainings > 1 else "")
+        if row.name not in rows:
             lines.append(f"| {told} | not run yet | | | | |")
             continue
-        cells = []
-        for name in TESTED:
-            cells.append(_area(rows[row][name]))
-            p_value = rows[row][name].get("p", "")
-            cells.append(p_value if isinstance(p_value, str) else "<0.0001" if p_value < 1e-4 else f"{p_value:.4f}")
-        lines.append(f"| {told} | {' | '.join(cells)} | {rows[row]['seconds'] / 60:.0f} |")
+        found = rows[row.name]
+        cells = [cell for name in TESTED for cell in (_area(found[name]), _p(found[name], "p"))]
+        lines.append(f"| {told} | {' | '.join(cells)} | {found['seconds'] / 60:.0f} |")
     if scale.beside in rows:
         found = rows[scale.beside]
         lines += [
@@ -335,6 +373,7 @@ def page(
             + ", ".join(f"{_area(found[name])} ({name.replace('_', ' ')})" for name in TESTED)
             + ".",
         ]
+        lines += _onward(rows, len(truths["training"]), scale)
     if not scale.outlined:
         return "\n".join(lines) + "\n"
     kept = rows["mask_kept_or_not"]
@@ -347,6 +386,84 @@ def page(
     return "\n".join(lines) + "\n"
 
 
+def _onward(rows: Mapping[str, Any], pairs: int, scale: Scale) -> list[str]:
+    """Lines of the page about the weights `beside` that were trained on; none where the comparison has none."""
+    settings, shipped = scale.onward, rows[scale.beside]
+    if settings is None:
+        return []
+    lines = [
+        "",
+        "## The shipped weights, trained on",
+        "",
+        f"Both lines start from the shipped weights and see the same {pairs:,} pairs for {_epochs(settings)} (learning "
+        f"rate {settings.learning_rate:g}, falling to 1 %) with equal settings and equal random numbers; they differ "
+        "in the picture alone. No picture is changed as by another camera, and no view is left out. **This start "
+        f"favours plain counts**: the shipped weights learnt on them, from {shipped['pairs']:,} other pairs, and had "
+        "never seen an equalized picture. p (untouched): DeLong's test against the shipped weights as they are; p "
+        "(plain): against those trained on with plain counts; on the same pairs, not corrected for the number of "
+        "comparisons. One training each: what another training would give is not in the intervals.",
+        "",
+        "| weights and input | same cameras | p (untouched) | p (plain) | other camera | p (untouched) | p (plain) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    cells = [cell for name in TESTED for cell in (_area(shipped[name]), "", "")]
+    lines.append(f"| shipped, untouched: plain counts | {' | '.join(cells)} |")
+    further = [row for row in scale.rows() if row.onward]
+    for row in further:
+        told = f"`{row.name}`: trained on with {'plain counts' if row.variant == 'plain' else 'equalized pictures'}"
+        if row.name not in rows:
+            lines.append(f"| {told} | not run yet | | | | | |")
+            continue
+        cells = [
+            cell
+            for found in (rows[row.name][name] for name in TESTED)
+            for cell in (_area(found), _p(found, "p_untouched"), _p(found, "p"))
+        ]
+        lines.append(f"| {told} | {' | '.join(cells)} |")
+    if all(row.name in rows for row in further):
+        lines += ["", _outcome(rows, scale.beside)]
+    return lines
+
+
+def _outcome(rows: Mapping[str, Any], beside: str) -> str:
+    """What the equalized pictures gained or lost after training on, by area and DeLong's p below .05."""
+    found = rows["shipped_on_equalized"]
+    against = (
+        ("shipped_on_plain", "p", "those trained on with plain counts"),
+        (beside, "p_untouched", "the shipped weights untouched"),
+    )
+    said, verdicts = [], set()
+    for name in TESTED:
+        parts = []
+        for other, key, told in against:
+            gain = found[name]["auc"] - rows[other][name]["auc"]
+            # No p where the other's scores are no longer in the folder: then nothing can be said.
+            clear = float(found[name].get(key, 1)) < 0.05
+            verdict = "not told apart from" if not clear else "better than" if gain > 0 else "worse than"
+            verdicts.add(verdict)
+            parts.append(f"{verdict} {told}")
+        said.append(f"{' and '.join(parts)} ({name.replace('_', ' ')})")
+    whole = ""
+    if verdicts == {"better than"}:
+        whole = " **They are clearly better than both, on both tests.**"
+    elif "better than" not in verdicts:
+        whole = (
+            " A lead of equalized pictures was not seen from this start. As the start favours plain counts, that does "
+            "not make them the worse input."
+        )
+    return f"At p < .05, the weights trained on with equalized pictures are {', and '.join(said)}.{whole}"
+
+
+def _epochs(settings: TrainingSettings) -> str:
+    return " and ".join(f"{count} epochs at {edge} pixels" for count, edge in settings.stages)
+
+
+def _p(found: Mapping[str, Any], key: str) -> str:
+    """A p value as the page shows it; a row that was published keeps it as it was shown."""
+    value = found.get(key, "")
+    return value if isinstance(value, str) else "<0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
 def _area(found: Mapping[str, float]) -> str:
     return f"{found['auc']:.4f} ({found['low']:.4f}-{found['high']:.4f})"
 
@@ -356,17 +473,28 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures (2 GB), checkpoints and result")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--large", action="store_true", help="plain against equalized, with more scans; no mask")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ROW", help="train these rows alone; the page tells which are open"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--only-pictures", action="store_true", help="simulate, and stop before training")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     scale = LARGE if arguments.large else SMALL
+    unknown = sorted({*(arguments.only or ())} - {row.name for row in scale.rows()})
+    if unknown:
+        parser.error(f"no row is named {', '.join(unknown)}; known: {', '.join(row.name for row in scale.rows())}")
     if arguments.only_pictures:
         for name, plan in scale.plans.items():
             cached(arguments.work, name, plan, arguments.processes, outlined=scale.outlined)
         return
-    path = run(arguments.work, arguments.processes, lambda line: print(line, file=sys.stderr, flush=True), scale)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    path = run(arguments.work, arguments.processes, say, scale, arguments.only)
     sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()
