@@ -333,17 +333,17 @@ def placing(
         begun, rest = Begun(spool, preamble), dataset
     try:
         digest = begun.end(rest)
+        entry = journal.append(preamble, dataset, digest) if journal is not None else None
+        placed = Placed(f"{digest[:2]}/{digest}.dcm", digest, spool, begun, entry)
+        if entry is None:
+            placed.settle()
     except OSError as error:
         begun.drop()
         raise _refused(error) from error
     except BaseException:
         begun.drop()
         raise
-    entry = journal.append(preamble, dataset, digest) if journal is not None else None
-    placed = Placed(f"{digest[:2]}/{digest}.dcm", digest, spool, begun, entry)
     try:
-        if entry is None:
-            placed.settle()
         yield placed
     finally:
         placed.drop()
