@@ -38,6 +38,7 @@ def store(tmp_path: Path) -> Spool:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "QUIET_S", 0.05)
+    monkeypatch.setattr(journal, "REST_S", 600.0)
     monkeypatch.setattr(journal, "_LOOK_S", 0.01)
 
 
@@ -46,6 +47,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a busy machine does to the test, all its objects are one burst, and nothing is quiet."""
     monkeypatch.setattr(journal, "BURST_S", 600.0)
     monkeypatch.setattr(journal, "QUIET_S", 600.0)
+    monkeypatch.setattr(journal, "REST_S", 600.0)
 
 
 @pytest.fixture
