@@ -36,8 +36,8 @@ BURST_OBJECTS, BURST_S = 8, 2.0
 """So many objects, none later than this behind the one before, are a burst; a neck alone is none."""
 QUIET_S = 1.0
 """Seconds without an object after which the files are synced and the segments forgotten."""
-REST_S = 10.0
-"""Seconds without an object after which the segments are removed."""
+REST_S = 60.0
+"""Seconds without an object after which the segments are removed; written over, they cost less than new ones."""
 
 _LOOK_S = 0.25
 _AGAIN_S = 60.0  # after there was no room for segments
