@@ -30,7 +30,7 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import encode
 from sqlalchemy import Engine
 
-from dicom_node import receiver, spool, worklist
+from dicom_node import journal, receiver, spool, worklist
 from dicom_node.errors import RemnantError
 from dicom_node.receiver import Receiver, refusal
 from dicom_node.settings import Settings, Source
@@ -204,6 +204,27 @@ def test_a_view_alone_waits_and_does_not_call_the_worker(house: House) -> None:
 def test_the_same_object_twice_is_one_row_and_one_instance(house: House, scan: Dataset) -> None:
     assert house.store_object(scan) == house.store_object(scan) == 0x0000
     assert (len(house.rows()), len(house.instances()), len(house.kept())) == (1, 1, 1)
+
+
+def test_an_object_of_a_burst_that_cannot_get_its_name_has_no_row_and_is_taken_when_it_comes_again(
+    house: House, scan: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is given within the row's transaction: a row without a file would be a scan that nobody can read."""
+    monkeypatch.setattr(journal, "BURST_OBJECTS", 1)
+    assert house.store_object(foreign("ct_slice", examination(3))) == 0x0000
+    kept = house.receiver._journal
+    assert until(lambda: kept is not None and kept._active is not None)
+    before = house.kept()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(spool.Begun, "shelve", refuse)
+        assert house.store_object(scan) == 0xA700
+    assert (len(house.rows()), house.kept()) == (1, before)
+    assert house.store_object(scan) == 0x0000
+    assert (len(house.rows()), len(house.kept())) == (2, len(before) + 1)
 
 
 def test_other_bytes_under_the_same_uid_are_kept_beside_the_first(house: House, scan: Dataset) -> None:
